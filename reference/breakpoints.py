@@ -1,0 +1,195 @@
+"""The same numbers as `pairwise` in O((N + P) log P), exact, with torch operators on any device.
+
+H is piecewise linear. Positive i changes its mind about a score s at two edges only: below s_i - delta
+it counts nothing, above s_i + delta it counts one, and between them (its window) it counts linearly.
+Sorting the 2P edges of all positives cuts the line of scores into 2P + 1 intervals, and inside one
+interval all positives are linear at once. So
+
+- NFP(i) is the mean over the window of i of G(t) = number of negatives at or above t, since H(x) is the
+  mean of [t <= s]. It needs only how many negatives each interval holds, and the sum of their distances
+  to the interval's lower edge;
+- the gradient by s_j is a piecewise linear function of s_j: look its interval up, then
+  value + slope * distance to the lower edge.
+
+Two things keep this as accurate as evaluating every pair. An edge is kept as the unevaluated sum
+`high + low` of two floats, which is exact, so no edge is ever rounded to the wrong side of a score. And
+all that is summed along the line is non-negative (for non-negative values and weights), over windows
+only, so that nothing large cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import LARGEST, blocks, compute_dtype, exclude_non_negatives, finite, write_positives
+
+
+class Edges(NamedTuple):
+    """The 2P edges in ascending order. Interval b ends at edge b, and so starts at edge b - 1."""
+
+    key: Tensor  # (2P,) the smallest number of the scores' dtype that is not below the edge
+    high: Tensor  # (2P + 1,) float64; high + low is, exactly, where each interval starts
+    low: Tensor  # (2P + 1,) float64; the first interval has no start: 0
+    width: Tensor  # (2P + 1,) float64; 0 outside all windows, where nothing depends on it
+    lower: Tensor  # (P,) int64: the interval that starts at s_i - delta
+    upper: Tensor  # (P,) int64: the interval that starts at s_i + delta
+
+
+def count(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    values: Tensor,
+    delta: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NFP(i), rank+(i) and S(i): arguments and results of `pairwise.count`."""
+    if scores.numel() == 0:
+        empty = scores.new_zeros(0, dtype=torch.float64)
+        return empty, empty.clone(), empty.clone()
+    edges = _edges(scores, delta)
+    size = edges.high.numel()
+    number = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    distance = torch.zeros(size, dtype=torch.float64, device=scores.device)
+    unordered = scores.isnan().any()
+    for level, target in zip(logits, targets, strict=True):
+        for _, _, part, part_targets in blocks(level, target):
+            _, negatives = _relevant(part, part_targets, edges, ignore_index)
+            interval, offset = _look_up(negatives, edges)
+            number += interval.bincount(minlength=size)
+            distance += interval.bincount(offset, minlength=size)
+            unordered |= negatives.isnan().any()
+    nfp = _window_mean(edges, number, distance, delta)
+
+    # Among the positives: all of them, less what each sees of itself (exactly 0 if that is all).
+    itself = 1.0 if delta == 0 else 0.5
+    interval, offset = _look_up(scores, edges)
+    alone = _sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
+    others, value_sum = (
+        torch.where(alone, 0.0, _window_mean(edges, *sums, delta) - itself * weight)
+        for weight in (torch.ones_like(offset), values.double())
+        for sums in [[interval.bincount(w, minlength=size) for w in (weight, weight * offset)]]
+    )
+    # NaN has no place in any order: no rank is right then.
+    poison = torch.where(unordered, torch.nan, 0.0).double()
+    return nfp + poison, 1 + others + poison, value_sum + poison
+
+
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    delta: float,
+    ignore_index: int,
+) -> list[Tensor]:
+    """The gradient by every logit: arguments and results of `pairwise.gradient`."""
+    gradients = [torch.zeros_like(level) for level in logits]
+    if scores.numel() == 0:
+        return gradients
+    edges = _edges(scores, delta)
+    value, slope = _line(edges, weights.double(), delta)
+    for level, target, out in zip(logits, targets, gradients, strict=True):
+        for rows, places, part, part_targets in blocks(level, target):
+            mask, negatives = _relevant(part, part_targets, edges, ignore_index)
+            interval, offset = _look_up(negatives, edges)
+            total = offset.mul_(slope.index_select(0, interval)).add_(
+                value.index_select(0, interval)
+            )
+            out[rows, :, places].masked_scatter_(mask, total.to(out.dtype))
+    write_positives(gradients, index, own)
+    return gradients
+
+
+def _edges(scores: Tensor, delta: float) -> Edges:
+    center = scores.double().repeat(2)
+    side = torch.full_like(center, delta)
+    side[: scores.numel()].neg_()
+    high = center + side
+    # What rounding took from high (Knuth's two-sum).
+    moved = high - center
+    low = (center - (high - moved)) + (side - moved)
+    order = low.argsort(stable=True)
+    order = order[high[order].argsort(stable=True)]
+    high, low = high[order], low[order]
+    start = torch.empty_like(order)
+    start[order] = torch.arange(1, order.numel() + 1, device=order.device)
+    lower, upper = start.chunk(2)
+
+    open_windows = torch.where(order < scores.numel(), 1, -1).cumsum(0)
+    width = (high.diff() + low.diff()).where(open_windows[:-1] > 0, 0.0)
+    pad = torch.nn.functional.pad
+    return Edges(
+        key=_round_up(high, low, scores.dtype),
+        high=pad(high, (1, 0)),
+        low=pad(low, (1, 0)),
+        width=pad(width, (1, 1)),
+        lower=lower,
+        upper=upper,
+    )
+
+
+def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest number of `dtype` that is not below high + low."""
+    key = high.to(dtype)
+    short = (key.double() < high) | ((key.double() == high) & (low > 0))
+    return torch.where(short, key.nextafter(torch.full_like(key, torch.inf)), key)
+
+
+def _relevant(
+    part: Tensor, targets: Tensor, edges: Edges, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Negatives that are not wholly below min_P(s) - delta: their mask, and their finite scores."""
+    part = part.to(compute_dtype(part.dtype))
+    lowest = edges.key[0]
+    lowest = torch.where(lowest > -LARGEST / 2, lowest, -torch.inf)
+    mask = (part < lowest).logical_not_()  # keeps NaN
+    exclude_non_negatives(mask, targets, ignore_index)
+    return mask, finite(part[mask])
+
+
+def _look_up(scores: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
+    """The interval of each score, and float64 distances to `high` of its lower edge."""
+    interval = torch.bucketize(scores, edges.key, right=True, out_int32=True)
+    return interval, scores - edges.high.index_select(0, interval)
+
+
+def _window_mean(edges: Edges, number: Tensor, distance: Tensor, delta: float) -> Tensor:
+    """(P,) mean over the window of i of G(t), the number of examples at or above t.
+
+    Args:
+        edges: of the positives.
+        number: (2P + 1,) number of the examples in each interval, or their summed weight.
+        distance: (2P + 1,) sum of their distances to `high` of the interval's start.
+        delta: half-width of the step.
+    """
+    from_start = _sum_from_above(number)
+    if delta == 0:
+        return from_start[edges.lower].double()
+    from_end = torch.nn.functional.pad(from_start[1:], (0, 1))
+    inside = (distance - number * edges.low).where(edges.width > 0, 0.0)
+    area = _sum_from_above(from_end * edges.width + inside)
+    return (area[edges.lower] - area[edges.upper]) / (2 * delta)
+
+
+def _sum_from_above(x: Tensor) -> Tensor:
+    return x.flip(0).cumsum(0).flip(0)
+
+
+def _line(edges: Edges, weights: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """(value at `high` of the start, slope), each (2P + 1,), of sum_i weights(i) H(s - s_i)."""
+    change = weights.new_zeros(edges.high.numel())
+    change[edges.lower] = weights
+    if delta == 0:
+        return change.cumsum(0), torch.zeros_like(change)
+    change[edges.upper] = -weights
+    slope = (change.cumsum(0) / (2 * delta)).where(edges.width > 0, 0.0)
+    value = (slope * edges.width).cumsum(0).roll(1)
+    value[0] = 0
+    return value - slope * edges.low, slope

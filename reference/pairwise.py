@@ -1,0 +1,116 @@
+"""The equations of the paper, pair by pair: the specification.
+
+Everything else in this project is held to these two functions, which are never changed to suit it.
+Notation: P positives i, k with scores s_i; N negatives j; x_ij = s_j - s_i (Sec. 2.1). A level of
+logits is (B, C, M), with targets as `layout` describes. Sums over examples are float64; H is evaluated
+in the logits' dtype, or in float32 for 16-bit logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import blocks, exclude_non_negatives, finite, write_positives
+
+# Pairs that are evaluated at once: what bounds the memory.
+PAIRS = 1 << 22
+
+
+def step(x: Tensor, delta: float) -> Tensor:
+    """H(x), Sec. 2.1: x / (2 delta) + 1/2 on [-delta, delta]; [x >= 0] for delta = 0. NaN stays."""
+    if delta == 0:
+        return torch.where(x.isnan(), x, (x >= 0).to(x.dtype))
+    return (x / (2 * delta) + 0.5).clamp(0, 1)
+
+
+def count(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    values: Tensor,
+    delta: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a positive sees above itself: NFP(i), rank+(i) and S(i).
+
+    Args:
+        logits: levels (B, C, M), any float dtype.
+        targets: class indices (B, M), or 1 / 0 / -1 (B, C, M).
+        scores: (P,) finite scores of the positives.
+        values: (P,) any number for each positive, such as Eloc(k) of aLRP.
+        delta: half-width of the step.
+        ignore_index: the class index that takes an anchor out.
+
+    Returns:
+        Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i} H(x_ik)
+        (Eq. 3); S(i) = sum_{k != i} values(k) H(x_ik) (the sum in the numerator of Eq. 10).
+    """
+    nfp = scores.new_zeros(scores.shape, dtype=torch.float64)
+    for negatives in _negatives(logits, targets, ignore_index):
+        for i in _chunks(scores, negatives):
+            h = step(negatives - scores[i, None], delta)
+            nfp[i] += h.sum(1, dtype=torch.float64)
+
+    rank_positive, value_sum = torch.ones_like(nfp), torch.zeros_like(nfp)
+    for i in _chunks(scores, scores):
+        h = step(scores - scores[i, None], delta).double()
+        h.diagonal(i.start).zero_()  # k != i
+        rank_positive[i] += h.sum(1)
+        value_sum[i] = (h * values.double()).sum(1)
+    return nfp, rank_positive, value_sum
+
+
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    delta: float,
+    ignore_index: int,
+) -> list[Tensor]:
+    """The gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
+
+    Args:
+        logits, targets, scores, delta, ignore_index: as in `count`.
+        index: (P,) positions of the positives in the flattened logits of all levels.
+        weights: (P,) float64; what positive i lays on a negative j is weights(i) H(x_ij), so
+            weights(i) = D(i) / (Z NFP(i)).
+        own: (P,) float64; the gradient by the positives, -D(i) / Z.
+
+    Returns:
+        One tensor a level: sum_i weights(i) H(x_ij) at negatives, own(i) at positives, 0 at ignored.
+    """
+    gradients = [torch.zeros_like(level) for level in logits]
+    for level, target, out in zip(logits, targets, gradients, strict=True):
+        for rows, places, part, part_targets in blocks(level, target):
+            mask = torch.ones_like(part, dtype=torch.bool)
+            exclude_non_negatives(mask, part_targets, ignore_index)
+            negatives = finite(part[mask])
+            total = negatives.new_zeros(negatives.shape, dtype=torch.float64)
+            for i in _chunks(scores, negatives):
+                h = step(negatives - scores[i, None], delta)
+                total += (h * weights[i, None]).sum(0)
+            out[rows, :, places][mask] = total.to(out.dtype)
+    write_positives(gradients, index, own)
+    return gradients
+
+
+def _negatives(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], ignore_index: int
+) -> Iterator[Tensor]:
+    for level, target in zip(logits, targets, strict=True):
+        for _, _, part, part_targets in blocks(level, target):
+            mask = torch.ones_like(part, dtype=torch.bool)
+            yield finite(part[exclude_non_negatives(mask, part_targets, ignore_index)])
+
+
+def _chunks(scores: Tensor, others: Tensor) -> Iterator[slice]:
+    """Cuts the positives so that no more than `PAIRS` pairs with `others` are evaluated at once."""
+    size = max(1, PAIRS // max(1, others.numel()))
+    for start in range(0, scores.numel(), size):
+        yield slice(start, min(start + size, scores.numel()))

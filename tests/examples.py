@@ -1,0 +1,53 @@
+"""Inputs that several tests share, and how results are compared."""
+
+from __future__ import annotations
+
+import torch
+from alrp_triton.reference import layout
+from torch import Tensor
+
+IGNORE = -100
+
+# (mean, deviation) of negatives and of positives at stages of a training.
+DISTRIBUTIONS = {
+    "init": ((-4.6, 0.01), (-4.6, 0.01)),
+    "mid": ((-7.0, 1.5), (-1.0, 1.5)),
+    "late": ((-9.0, 1.5), (1.5, 1.5)),
+    "spread": ((0.0, 2.0), (0.0, 2.0)),
+}
+
+
+def detector_batch(
+    distribution: str, anchors: int, classes: int, num_positives: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """float32 logits (anchors, classes), and int64 class indices with background -1 and some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    negative, positive = DISTRIBUTIONS[distribution]
+    logits = torch.randn(anchors, classes, generator=generator)
+    order = torch.randperm(anchors, generator=generator)
+    targets = torch.full((anchors,), -1)
+    chosen = order[:num_positives]
+    targets[chosen] = torch.randint(classes, (num_positives,), generator=generator)
+    targets[order[num_positives : num_positives + anchors // 50]] = IGNORE
+    scores = logits[chosen, targets[chosen]] * positive[1] + positive[0]
+    logits = logits.mul_(negative[1]).add_(negative[0])
+    logits[chosen, targets[chosen]] = scores
+    return logits, targets
+
+
+def to_levels(logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """What the operators take, from (N, C) logits: levels, their targets, index and scores."""
+    levels = [logits.detach().reshape(*logits.shape, 1)]
+    level_targets = [targets.reshape(-1, 1)]
+    size = int(layout.is_positive(levels[0], level_targets[0], IGNORE).sum())
+    index, scores = layout.locate(levels, level_targets, None, size, True, IGNORE)
+    return levels, level_targets, index, scores
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest |got - expected| / |expected|, entry by entry; 0 where both are equal."""
+    got, expected = got.detach().double().reshape(-1), expected.detach().double().reshape(-1)
+    assert got.shape == expected.shape
+    error = (got - expected).abs() / expected.abs()
+    error = torch.where(got == expected, 0.0, error)
+    return float(error.max()) if error.numel() else 0.0

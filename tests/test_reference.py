@@ -1,0 +1,201 @@
+"""The specification against a plain loop, and breakpoints against the specification."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from alrp_triton.reference import breakpoints, layout, pairwise
+from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_levels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DELTAS = (0.0, 1e-3, 0.25, 1.0, 3.0)
+
+
+def plain_step(x: float, delta: float) -> float:
+    if delta == 0:
+        return float(x >= 0)
+    return min(1.0, max(0.0, x / (2 * delta) + 0.5))
+
+
+@pytest.mark.parametrize("delta", DELTAS)
+def test_pairwise_says_what_the_equations_say(delta):
+    """Numbers on a grid of delta / 2 meet ties and x = +-delta; sums of Python floats are the truth."""
+    unit = delta / 2 if delta else 1.0
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randint(-4, 5, (12, 3, 2), generator=generator).double() * unit
+    targets = torch.tensor([0, -1, 2, IGNORE, 1, 3, -1, -1, 0, 2, IGNORE, -1] * 2).reshape(12, 2)
+    size = 10
+    index, scores = layout.locate([logits], [targets], None, size, True, IGNORE)
+    values = torch.rand(size, dtype=torch.float64, generator=generator)
+    weights = torch.rand(size, dtype=torch.float64, generator=generator)
+    got = pairwise.count([logits], [targets], scores, values, delta, IGNORE)
+    gradient = pairwise.gradient(
+        [logits], [targets], index, scores, weights, -values, delta, IGNORE
+    )[0]
+
+    positives, negatives, expected = [], [], torch.zeros_like(logits)
+    for b in range(12):
+        for m in range(2):
+            target = int(targets[b, m])
+            for c in range(3):
+                if target == c:
+                    positives.append((b, c, m))
+                elif target != IGNORE:
+                    negatives.append((b, c, m))
+    positives.sort(key=lambda p: (p[0], p[2]))  # the order of the targets
+    s = [float(logits[p]) for p in positives]
+    assert s == scores.tolist()
+    for i, p in enumerate(positives):
+        others = [k for k in range(size) if k != i]
+        nfp = math.fsum(plain_step(float(logits[j]) - s[i], delta) for j in negatives)
+        rank_positive = 1 + math.fsum(plain_step(s[k] - s[i], delta) for k in others)
+        total = math.fsum(float(values[k]) * plain_step(s[k] - s[i], delta) for k in others)
+        assert abs(float(got[0][i]) - nfp) < 1e-12
+        assert abs(float(got[1][i]) - rank_positive) < 1e-12
+        assert abs(float(got[2][i]) - total) < 1e-12
+        expected[p] = -values[i]
+    for j in negatives:
+        terms = (
+            float(w) * plain_step(float(logits[j]) - x, delta)
+            for w, x in zip(weights, s, strict=True)
+        )
+        expected[j] = math.fsum(terms)
+    assert (gradient - expected).abs().max() < 1e-12
+
+
+@st.composite
+def levels(draw):
+    """One or two levels with logits of one regime, targets of one kind, and a delta."""
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    regime = draw(
+        st.sampled_from(
+            ["normal", "ties", "equal", "low outlier", "high outlier", "wide", "infinite"]
+        )
+    )
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
+    scale = draw(st.sampled_from([0.01, 1.0, 4.0]))
+    classes = draw(st.integers(1, 4))
+    per_logit = draw(st.booleans())
+    density = draw(st.sampled_from([0.05, 0.3, 0.9]))
+    logits, targets = [], []
+    for _ in range(draw(st.integers(1, 2))):
+        batch, places = draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 17]))
+        x = torch.randn(batch, classes, places, dtype=torch.float64, generator=generator) * scale
+        chance = torch.rand(x.shape, generator=generator)
+        if regime == "ties":
+            x = (x * 2).round() / 2
+        elif regime == "equal":
+            x.fill_(-4.595)
+        elif regime == "low outlier":
+            x.view(-1)[0] = -40
+        elif regime == "high outlier":
+            x.view(-1)[-1] = 1e4
+        elif regime == "wide":
+            x *= 1e4
+        elif regime == "infinite":
+            x[chance < 0.2], x[chance > 0.8] = math.inf, -math.inf
+        if per_logit:
+            draw_target = torch.rand(x.shape, generator=generator)
+            target = torch.where(draw_target < density, 1, torch.where(draw_target > 0.95, -1, 0))
+        else:
+            draw_target = torch.rand((batch, places), generator=generator)
+            target = torch.randint(classes, (batch, places), generator=generator)
+            target[draw_target > density] = -1
+            target[draw_target > 0.97] = IGNORE
+        logits.append(x.to(dtype))
+        targets.append(target)
+    return logits, targets, draw(st.sampled_from(DELTAS)), generator
+
+
+@settings(max_examples=2000, deadline=None)
+@given(levels())
+def test_breakpoints_equal_pairwise(case):
+    """Entry by entry to 1e-9 relative, whatever the regime; the truth is float64 pairwise."""
+    logits, targets, delta, generator = case
+    upcast = [level.double() for level in logits]
+    pairs = list(zip(logits, targets, strict=True))
+    size = sum(int(layout.is_positive(*pair, IGNORE).sum()) for pair in pairs)
+    index, scores = layout.locate(logits, targets, None, size, True, IGNORE)
+    values = torch.rand(size, dtype=torch.float64, generator=generator)
+    weights = torch.rand(size, dtype=torch.float64, generator=generator)
+
+    expected = pairwise.count(upcast, targets, scores.double(), values, delta, IGNORE)
+    got = breakpoints.count(logits, targets, scores, values, delta, IGNORE)
+    assert relative_error(got[0], expected[0]) < 1e-9
+    assert relative_error(got[1], expected[1]) < 1e-9
+    # S is a difference of what all and what oneself contributes; both sides round H near 0 alike.
+    assert (got[2] - expected[2]).abs().max() < 1e-9 if size else True
+
+    arguments = (targets, index, scores, weights, -weights, delta, IGNORE)
+    expected = pairwise.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
+    got = breakpoints.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
+    rounded = breakpoints.gradient(logits, *arguments)
+    for a, b, c in zip(got, rounded, expected, strict=True):
+        assert relative_error(a, c) < 1e-9
+        # The same in the logits' dtype, where one rounding of the result is allowed and no more.
+        unit = torch.finfo(b.dtype)
+        budget = c.abs() * unit.eps * 0.5000001 + unit.tiny * unit.eps + 1e-9 * c.abs()
+        assert ((b.double() - c).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkeypatch):
+    """The loop over blocks of a level: 12 000 logits in blocks of 1000, by rows and by places."""
+    logits, targets = detector_batch(distribution, 600, 20, 40)
+    levels, level_targets, index, scores = to_levels(logits.double(), targets)
+    long = [levels[0].reshape(1, 600, 20).transpose(1, 2)]  # one row of 600 places
+    values = torch.rand(40, dtype=torch.float64)
+    expected = pairwise.count(levels, level_targets, scores, values, delta, IGNORE)
+    gradient = pairwise.gradient(
+        levels, level_targets, index, scores, values, -values, delta, IGNORE
+    )[0]
+    monkeypatch.setattr(layout, "CHUNK", 1000)
+    for module in (pairwise, breakpoints):
+        for shape, cut in ((levels, level_targets), (long, [targets.reshape(1, 600)])):
+            place, _ = layout.locate(shape, cut, None, 40, True, IGNORE)
+            got = module.count(shape, cut, scores, values, delta, IGNORE)
+            assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
+            got = module.gradient(shape, cut, place, scores, values, -values, delta, IGNORE)[0]
+            got = got.transpose(1, 2).reshape(600, 20, 1) if got.shape[0] == 1 else got
+            assert relative_error(got, gradient) < 1e-11
+
+
+def test_no_negative_counts_as_exactly_nothing():
+    """NFP = 0 must be exact: a residue of rounding would be divided by."""
+    scores = torch.tensor([3.0, 3.3, 9.0], dtype=torch.float64)
+    levels = [torch.cat([scores, torch.full((50,), 0.1, dtype=torch.float64)]).reshape(-1, 1, 1)]
+    targets = [torch.tensor([1] * 3 + [0] * 50).reshape(-1, 1, 1)]
+    nfp, rank_positive, value_sum = breakpoints.count(
+        levels, targets, scores, torch.rand(3), 1.0, IGNORE
+    )
+    assert (nfp == 0).all()
+    assert rank_positive[2] == 1
+    assert value_sum[2] == 0
+
+
+def test_values_may_be_of_either_sign():
+    logits, targets = detector_batch("spread", 200, 3, 30)
+    levels, level_targets, index, scores = to_levels(logits.double(), targets)
+    values = torch.randn(30, dtype=torch.float64)
+    for got, expected in zip(
+        breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE),
+        pairwise.count(levels, level_targets, scores, values, 1.0, IGNORE),
+        strict=True,
+    ):
+        assert (got - expected).abs().max() < 1e-11
+    arguments = (levels, level_targets, index, scores, values, values, 1.0, IGNORE)
+    difference = breakpoints.gradient(*arguments)[0] - pairwise.gradient(*arguments)[0]
+    assert difference.abs().max() < 1e-11
+
+
+def test_same_names_and_arguments():
+    import inspect
+
+    for name in ("count", "gradient"):
+        signatures = [inspect.signature(getattr(m, name)) for m in (pairwise, breakpoints)]
+        assert signatures[0] == signatures[1]
