@@ -1,0 +1,371 @@
+"""The losses as functions: the input is checked and laid out here, then takes the one road.
+
+Every function takes the same `logits`, `targets` and keywords:
+
+    logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such, one
+        for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are ranked as
+        one list and never concatenated. A level is copied only if d1, ... cannot be viewed as one
+        dimension.
+    targets: the logits' shape without C, integer: in [0, C) the anchor is a positive of that class,
+        `ignore_index` takes the whole anchor out, any other value is background. Or the logits' shape
+        (then any shape will do, (N,) too), any dtype: 1 positive, 0 negative, anything else (-1) ignored.
+    delta: half-width of the step function H, in logits; 0 for the hard step.
+    ignore_index: the class index that takes an anchor out (-100).
+    positives: (P,) int64 positions of the positives in the flattened targets of all levels, if known;
+        saves the search. It may be padded with -1, so that P is static under torch.compile.
+    impl, algorithm: see `set_backend`; "auto" chooses.
+
+They return scalars, float32 (float64 for float64 logits), attached to the graph even where there is
+nothing to rank. The gradient by the logits is the error-driven update of the paper, balanced between
+positives and negatives, and not the derivative of the returned number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .error_driven import Ranking, attach, mean_error, rank_positives
+from .errors import Counts, Errors, alrp_errors, ap_errors
+from .reference.layout import is_positive
+
+LogitsOrLevels = Tensor | Sequence[Tensor]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def alrp_loss(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    loc_errors: Tensor,
+    delta: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    positives: Tensor | None = None,
+    impl: str = "auto",
+    algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """aLRP Loss, Eq. 10 and 11: ranking for classification and localisation.
+
+        aLRP = (1/|P|) sum_i (NFP(i) + Eloc(i) + S(i)) / rank(i) = cls + loc
+        cls  = (1/|P|) sum_i  NFP(i) / rank(i)
+        loc  = (1/|P|) sum_i (Eloc(i) + S(i)) / rank(i),   S(i) = sum_{k != i} Eloc(k) H(x_ik)
+
+    Args:
+        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
+            (`help(alrp_triton.functional)`).
+        loc_errors: (P,) floating, Eloc of each positive (see `localisation_errors`), in the order in
+            which the positives stand in `targets` (row-major, levels in turn), or in the order of
+            `positives` and padded alike. Its length tells P, so nothing waits for the device.
+
+    Returns:
+        (cls, loc). The gradient of the whole aLRP by the logits rides on `cls`; `loc` carries the
+        gradient by `loc_errors`. Train on `cls + weight * loc`, with `SelfBalance` for the weight.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 0.8], [0.6, 0.2]], requires_grad=True)
+        >>> targets = torch.tensor([0, -1])          # one positive: anchor 0, class 0
+        >>> loc_errors = torch.tensor([0.1], requires_grad=True)
+        >>> cls, loc = alrp_loss(logits, targets, loc_errors, delta=0.0)
+        >>> cls.item(), round(loc.item(), 6)         # ranked first: no false positive above it
+        (0.0, 0.1)
+        >>> (cls + loc).backward()
+    """
+    _check_per_positive("loc_errors", loc_errors)
+    ranking = _ranking(
+        logits,
+        targets,
+        delta,
+        ignore_index=ignore_index,
+        positives=positives,
+        impl=impl,
+        algorithm=algorithm,
+        per_positive=("loc_errors", loc_errors),
+    )
+    counts = rank_positives(ranking, loc_errors)
+    cls = mean_error(ap_errors(counts), ranking)
+    return (
+        attach(cls, counts, alrp_errors(counts), ranking),
+        _localisation(loc_errors, counts, ranking),
+    )
+
+
+def ap_loss(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    delta: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    positives: Tensor | None = None,
+    impl: str = "auto",
+    algorithm: str = "auto",
+) -> Tensor:
+    """AP Loss, Eq. 2 and 4: one minus the mean precision at the positives.
+
+        AP = (1/|P|) sum_i NFP(i) / rank(i)
+
+    Args:
+        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
+            (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the device how
+            many there are.
+
+    Returns:
+        The loss, a scalar in [0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> logits = torch.tensor([[0.2, 0.8], [0.6, 0.1]], requires_grad=True)
+        >>> loss = ap_loss(logits, torch.tensor([0, -1]), delta=0.0)
+        >>> round(loss.item(), 6)                    # two negatives above the one positive
+        0.666667
+        >>> loss.backward()
+        >>> logits.grad.sum().abs().item() < 1e-6    # balanced, Theorem 2
+        True
+    """
+    return error_driven_loss(
+        logits,
+        targets,
+        ap_errors,
+        delta=delta,
+        ignore_index=ignore_index,
+        positives=positives,
+        impl=impl,
+        algorithm=algorithm,
+    )
+
+
+def error_driven_loss(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    errors_fn: Callable[[Counts], Errors | tuple[Tensor, Tensor, Tensor | float]],
+    values: Tensor | None = None,
+    delta: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    positives: Tensor | None = None,
+    impl: str = "auto",
+    algorithm: str = "auto",
+) -> Tensor:
+    """Any ranking loss L = (1/Z) sum_i l(i), optimised by Algorithm 1 of the paper.
+
+        dL/ds_i = -(l(i) - l*(i)) / Z                                   for i in P with NFP(i) > 0
+        dL/ds_j = (1/Z) sum_i (l(i) - l*(i)) H(x_ij) / NFP(i)           for j in N
+
+    Args:
+        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
+            (`help(alrp_triton.functional)`).
+        errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the error
+            that a perfect ranking would leave, (P,); the normaliser, a scalar. It runs without
+            gradients. Entries of padding are masked out afterwards.
+        values: (P,) floating, a number for each positive (an IoU, say), in the order of the positives;
+            it reaches `errors_fn` as `counts.values`, with S(i) of it as `counts.value_sum`. It gets no
+            gradient.
+
+    Returns:
+        The loss, a scalar; 0 if there is no positive.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> def reciprocal_rank(counts):             # 1 - 1 / rank: only the first places matter
+        ...     return 1 - 1 / counts.rank, 1 - 1 / counts.rank_positive, counts.num_positives
+        >>> logits = torch.tensor([[0.2, 0.8], [0.6, 0.1]], requires_grad=True)
+        >>> loss = error_driven_loss(logits, torch.tensor([0, -1]), reciprocal_rank, delta=0.0)
+        >>> round(loss.item(), 6)
+        0.666667
+    """
+    if not callable(errors_fn):
+        raise TypeError(f"errors_fn: expected a function of Counts, got {type(errors_fn).__name__}")
+    if values is not None:
+        _check_per_positive("values", values)
+    ranking = _ranking(
+        logits,
+        targets,
+        delta,
+        ignore_index=ignore_index,
+        positives=positives,
+        impl=impl,
+        algorithm=algorithm,
+        per_positive=("values", values),
+    )
+    counts = rank_positives(ranking, values)
+    with torch.no_grad():
+        errors = Errors(*errors_fn(counts))
+    for name, given in (("l", errors.error), ("l*", errors.target)):
+        if given.shape != counts.nfp.shape:
+            raise ValueError(
+                f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for each "
+                f"positive, got {tuple(given.shape)}"
+            )
+    return attach(mean_error(errors, ranking), counts, errors, ranking)
+
+
+def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:
+    """loc of Eq. 11. Being linear in Eloc, it is the sum over k of Eloc(k) dloc/dEloc(k), where
+
+        dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
+
+    The sum is what k passes down to the positives below it, while a count collects from above. Negating
+    all scores turns the list over: it is S(k) of the values 1 / rank there.
+    """
+    per_rank = torch.where(ranking.valid, 1 / counts.rank, 0.0)
+    _, _, passed_down = ops.count(
+        [],
+        [],
+        torch.where(ranking.valid, -ranking.scores, -torch.inf),
+        per_rank,
+        ranking.delta,
+        ranking.ignore_index,
+        ranking.impl,
+        ranking.algorithm,
+    )
+    share = torch.where(ranking.valid, (per_rank + passed_down) / counts.num_positives, 0.0)
+    loc = (torch.where(ranking.valid, loc_errors, 0.0).double() * share).sum()
+    return loc.to(torch.promote_types(ranking.scores.dtype, loc_errors.dtype))
+
+
+def _ranking(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    delta: float,
+    *,
+    ignore_index: int,
+    positives: Tensor | None,
+    impl: str,
+    algorithm: str,
+    per_positive: tuple[str, Tensor | None],
+) -> Ranking:
+    """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
+    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
+    if not 0 <= delta < math.inf:
+        raise ValueError(f"delta: expected a finite number of at least 0, got {delta}")
+    ops.check_backend(impl, algorithm)
+    levels = _levels("logits", logits)
+    level_targets = _levels("targets", targets)
+    if len(levels) != len(level_targets):
+        raise ValueError(
+            f"targets: expected one tensor for each of the {len(levels)} levels of logits, "
+            f"got {len(level_targets)}"
+        )
+    laid_out = [
+        _lay_out(level, target, levels[0])
+        for level, target in zip(levels, level_targets, strict=True)
+    ]
+    levels = [level for level, _ in laid_out]
+    level_targets = [target for _, target in laid_out]
+    size, exact = _size(levels, level_targets, ignore_index, positives, per_positive)
+    index, scores = ops.locate(
+        [level.detach() for level in levels],
+        level_targets,
+        None if positives is None else positives.long(),
+        size,
+        exact,
+        ignore_index,
+    )
+    return Ranking(
+        levels, level_targets, index, scores, float(delta), ignore_index, impl, algorithm
+    )
+
+
+def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:
+    levels = [given] if isinstance(given, Tensor) else given
+    if not isinstance(levels, (list, tuple)) or not all(isinstance(x, Tensor) for x in levels):
+        raise TypeError(
+            f"{name}: expected a tensor or a list of tensors, got {type(given).__name__}"
+        )
+    if not levels:
+        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    return list(levels)
+
+
+def _lay_out(logits: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """A level as (B, C, M), its targets as (B, M) or (B, C, M): views, if the strides allow."""
+    if logits.dtype not in _DTYPES:
+        raise TypeError(
+            "logits: expected float32, bfloat16, float16 or float64, "
+            f"got {str(logits.dtype).removeprefix('torch.')}"
+        )
+    for name, given in (("logits", logits), ("targets", targets)):
+        if given.device != first.device:
+            raise ValueError(
+                f"{name}: expected on {first.device} like the logits, got {given.device}"
+            )
+    if logits.dtype != first.dtype:
+        raise TypeError(
+            f"logits: expected one dtype on all levels, got {first.dtype}, {logits.dtype}"
+        )
+
+    per_logit = targets.shape == logits.shape
+    anchors = (*logits.shape[:1], *logits.shape[2:])
+    if not per_logit and (logits.dim() < 2 or tuple(targets.shape) != anchors):
+        raise ValueError(
+            f"targets: expected shape {anchors} (class indices) or {tuple(logits.shape)} (1 / 0 / -1) "
+            f"for logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
+        )
+    shape = (*logits.shape, 1, 1)[: max(2, logits.dim())]
+    batch, classes, places = shape[0], shape[1], math.prod(shape[2:])
+    logits = logits.reshape(batch, classes, places)
+    if per_logit:
+        return logits, targets.reshape(batch, classes, places)
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"targets: expected integer class indices, got {targets.dtype}")
+    # An unsigned byte cannot be compared with ignore_index = -100.
+    targets = targets.short() if targets.dtype == torch.uint8 else targets
+    return logits, targets.reshape(batch, places)
+
+
+def _size(
+    levels: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    ignore_index: int,
+    positives: Tensor | None,
+    per_positive: tuple[str, Tensor | None],
+) -> tuple[int, bool]:
+    """How many positives to make room for, and whether that is their exact number."""
+    name, values = per_positive
+    device = levels[0].device
+    for given_name, given in (("positives", positives), (name, values)):
+        if given is not None and given.device != device:
+            raise ValueError(
+                f"{given_name}: expected on {device} like the logits, got {given.device}"
+            )
+    if positives is not None:
+        if positives.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"positives: expected int64, got {positives.dtype}")
+        if positives.dim() != 1:
+            raise ValueError(f"positives: expected shape (P,), got {tuple(positives.shape)}")
+        if values is not None and values.shape != positives.shape:
+            raise ValueError(
+                f"{name}: expected shape {tuple(positives.shape)} like positives, "
+                f"got {tuple(values.shape)}"
+            )
+        return positives.numel(), True
+    if values is not None:
+        return values.numel(), True
+    if torch.compiler.is_compiling():
+        # Under compilation a size cannot depend on data: room for every anchor, mostly padding.
+        return sum(target.numel() for target in targets), False
+    pairs = zip(levels, targets, strict=True)
+    return sum(int(is_positive(*pair, ignore_index).sum()) for pair in pairs), True
+
+
+def _check_per_positive(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: expected a floating tensor, got {kind}")
+    if given.dim() != 1:
+        raise ValueError(
+            f"{name}: expected shape (P,), one entry for each positive, got shape "
+            f"{tuple(given.shape)}"
+        )
