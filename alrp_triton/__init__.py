@@ -1,6 +1,7 @@
 """Ranking-based losses for object detection: exact, deterministic, balanced.
 
-aLRP Loss (NeurIPS 2020) and its family, as functions and as modules. Importing this needs torch alone.
+aLRP Loss (NeurIPS 2020) and its family, as functions and as modules. Importing this needs torch
+alone.
 """
 
 from .boxes import localisation_errors

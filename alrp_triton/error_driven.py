@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .errors import Counts, Errors
@@ -16,7 +15,7 @@ from .errors import Counts, Errors
 
 @dataclass(frozen=True)
 class Ranking:
-    """One call's input on the road: levels of logits, their targets, and where the positives stand."""
+    """One call's input on the road: the levels, and where the positives stand in them."""
 
     logits: Sequence[Tensor]  # levels (B, C, M)
     targets: Sequence[Tensor]  # (B, M) class indices, or (B, C, M) with 1 / 0 / -1
@@ -64,6 +63,8 @@ def attach(value: Tensor, counts: Counts, errors: Errors, ranking: Ranking) -> T
     Positive i gets -D(i) / Z and lays D(i) H(x_ij) / (Z NFP(i)) on each negative j, where
     D(i) = l(i) - l*(i); both sides sum to the same (Theorem 2).
     """
+    if not (torch.is_grad_enabled() and any(level.requires_grad for level in ranking.logits)):
+        return value
     reached = ranking.valid & (counts.nfp != 0)  # NaN counts as reached, and stays visible
     update = torch.where(reached, (errors.error - errors.target) / errors.normaliser, 0.0)
     weights = torch.where(reached, update / counts.nfp, 0.0)
@@ -83,7 +84,8 @@ def attach(value: Tensor, counts: Counts, errors: Errors, ranking: Ranking) -> T
 
 
 class ErrorDrivenUpdate(torch.autograd.Function):
-    """Passes a value on; its backward makes the gradient by every logit, scaled by the upstream one.
+    """Passes a value on; its backward makes the gradient by every logit, scaled by the upstream
+    one.
 
     Between the two it keeps the logits and P numbers. The gradient is an update rule and not the
     derivative of the value, so there is no second derivative.
@@ -103,22 +105,42 @@ class ErrorDrivenUpdate(torch.autograd.Function):
         algorithm: str,
         *levels: Tensor,
     ) -> Tensor:
+        """Keeps what backward needs; returns a copy of `value`."""
         ctx.save_for_backward(index, scores, weights, own, *levels)
         ctx.settings = (delta, ignore_index, impl, algorithm)
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient by every level of logits."""
         index, scores, weights, own, *levels = ctx.saved_tensors
         half = len(levels) // 2
-        gradients = ops.gradient(
-            levels[:half],
-            levels[half:],
-            index,
-            scores,
-            weights * upstream,
-            own * upstream,
-            *ctx.settings,
-        )
+        logits, targets = levels[:half], levels[half:]
+        with torch.no_grad():
+            gradients = ops.gradient(
+                logits, targets, index, scores, weights * upstream, own * upstream, *ctx.settings
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = NoSecondDerivative.apply(upstream, *logits, *gradients)
         return (None,) * 9 + tuple(gradients) + (None,) * half
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Passes the gradients on, and raises where somebody differentiates them.
+
+    `once_differentiable` would do so only for an upstream gradient that requires one itself, and
+    otherwise let them pass as constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, *logits_and_gradients: Tensor) -> tuple[Tensor, ...]:
+        """Copies of the gradients, attached to the logits."""
+        half = len(logits_and_gradients) // 2
+        return tuple(gradient.clone() for gradient in logits_and_gradients[half:])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> None:
+        """Always raises."""
+        raise RuntimeError(
+            "a ranking loss has no second derivative: its gradient by the logits is an update rule"
+        )

@@ -1,7 +1,7 @@
 """l(i), l*(i) and Z of each loss: all that tells one ranking loss from another.
 
-An errors function takes `Counts` and returns `Errors`; Algorithm 1 (`error_driven`) does the rest. Its
-vectors are (P,) float64 and may hold padding, whose entries are masked out afterwards.
+An errors function takes `Counts` and returns `Errors`; Algorithm 1 (`error_driven`) does the rest.
+Its vectors are (P,) float64 and may hold padding, whose entries are masked out afterwards.
 """
 
 from __future__ import annotations

@@ -2,22 +2,23 @@
 
 Every function takes the same `logits`, `targets` and keywords:
 
-    logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such, one
-        for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are ranked as
-        one list and never concatenated. A level is copied only if d1, ... cannot be viewed as one
-        dimension.
+    logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such,
+        one for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are
+        ranked as one list and never concatenated. A level is copied only if d1, ... cannot be
+        viewed as one dimension.
     targets: the logits' shape without C, integer: in [0, C) the anchor is a positive of that class,
-        `ignore_index` takes the whole anchor out, any other value is background. Or the logits' shape
-        (then any shape will do, (N,) too), any dtype: 1 positive, 0 negative, anything else (-1) ignored.
+        `ignore_index` takes the whole anchor out, any other value is background. Or the logits'
+        shape (then any shape will do, (N,) too), any dtype: 1 positive, 0 negative, anything else
+        (-1) ignored.
     delta: half-width of the step function H, in logits; 0 for the hard step.
     ignore_index: the class index that takes an anchor out (-100).
-    positives: (P,) int64 positions of the positives in the flattened targets of all levels, if known;
-        saves the search. It may be padded with -1, so that P is static under torch.compile.
+    positives: (P,) int64 positions of the positives in the flattened targets of all levels, if
+        known; saves the search. It may be padded with -1, so that P is static under torch.compile.
     impl, algorithm: see `set_backend`; "auto" chooses.
 
 They return scalars, float32 (float64 for float64 logits), attached to the graph even where there is
-nothing to rank. The gradient by the logits is the error-driven update of the paper, balanced between
-positives and negatives, and not the derivative of the returned number.
+nothing to rank. The gradient by the logits is the error-driven update of the paper, balanced
+between positives and negatives, and not the derivative of the returned number.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def alrp_loss(
     Args:
         logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
             (`help(alrp_triton.functional)`).
-        loc_errors: (P,) floating, Eloc of each positive (see `localisation_errors`), in the order in
-            which the positives stand in `targets` (row-major, levels in turn), or in the order of
-            `positives` and padded alike. Its length tells P, so nothing waits for the device.
+        loc_errors: (P,) floating, Eloc of each positive (see `localisation_errors`), in the order
+            in which the positives stand in `targets` (row-major, levels in turn), or in the order
+            of `positives` and padded alike. Its length tells P, so nothing waits for the device.
 
     Returns:
         (cls, loc). The gradient of the whole aLRP by the logits rides on `cls`; `loc` carries the
@@ -113,8 +114,8 @@ def ap_loss(
 
     Args:
         logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
-            (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the device how
-            many there are.
+            (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the device
+            how many there are.
 
     Returns:
         The loss, a scalar in [0, 1].
@@ -163,12 +164,12 @@ def error_driven_loss(
     Args:
         logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
             (`help(alrp_triton.functional)`).
-        errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the error
-            that a perfect ranking would leave, (P,); the normaliser, a scalar. It runs without
-            gradients. Entries of padding are masked out afterwards.
-        values: (P,) floating, a number for each positive (an IoU, say), in the order of the positives;
-            it reaches `errors_fn` as `counts.values`, with S(i) of it as `counts.value_sum`. It gets no
-            gradient.
+        errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the
+            error that a perfect ranking would leave, (P,); the normaliser, a scalar. It runs
+            without gradients. Entries of padding are masked out afterwards.
+        values: (P,) floating, a number for each positive (an IoU, say), in the order of the
+            positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
+            `counts.value_sum`. It gets no gradient.
 
     Returns:
         The loss, a scalar; 0 if there is no positive.
@@ -204,8 +205,8 @@ def error_driven_loss(
     for name, given in (("l", errors.error), ("l*", errors.target)):
         if given.shape != counts.nfp.shape:
             raise ValueError(
-                f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for each "
-                f"positive, got {tuple(given.shape)}"
+                f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for "
+                f"each positive, got {tuple(given.shape)}"
             )
     return attach(mean_error(errors, ranking), counts, errors, ranking)
 
@@ -215,8 +216,8 @@ def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tenso
 
         dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
 
-    The sum is what k passes down to the positives below it, while a count collects from above. Negating
-    all scores turns the list over: it is S(k) of the values 1 / rank there.
+    The sum is what k passes down to the positives below it, while a count collects from above.
+    Negating all scores turns the list over: it is S(k) of the values 1 / rank there.
     """
     per_rank = torch.where(ranking.valid, 1 / counts.rank, 0.0)
     _, _, passed_down = ops.count(
@@ -310,8 +311,8 @@ def _lay_out(logits: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Te
     anchors = (*logits.shape[:1], *logits.shape[2:])
     if not per_logit and (logits.dim() < 2 or tuple(targets.shape) != anchors):
         raise ValueError(
-            f"targets: expected shape {anchors} (class indices) or {tuple(logits.shape)} (1 / 0 / -1) "
-            f"for logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
+            f"targets: expected shape {anchors} (class indices) or {tuple(logits.shape)} "
+            f"(1 / 0 / -1) for logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
         )
     shape = (*logits.shape, 1, 1)[: max(2, logits.dim())]
     batch, classes, places = shape[0], shape[1], math.prod(shape[2:])

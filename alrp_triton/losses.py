@@ -24,8 +24,8 @@ class ALRPOutput(NamedTuple):
 class SelfBalance(nn.Module):
     """Self-balancing (Sec. 4.2): the weight of loc is mean(aLRP) / mean(loc) of the previous epoch.
 
-    The statistics are buffers: they stay on the device (nothing waits for it), move with `.to()` and are
-    saved in `state_dict`. An iteration whose loss is not finite is left out of them. Under
+    The statistics are buffers: they stay on the device (nothing waits for it), move with `.to()`
+    and are saved in `state_dict`. An iteration whose loss is not finite is left out of them. Under
     DistributedDataParallel each rank balances on what it sees.
 
     Args:
@@ -56,19 +56,24 @@ class SelfBalance(nn.Module):
         self.register_buffer("weight", torch.tensor(float(initial), dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))  # of aLRP, of loc
         self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
+        # Known to the host, for the warning: the length of the positives, not what they hold.
+        self._calls = 0
         self._seen_positive = False
         self._warned = False
 
     @torch.no_grad()
     def update(self, cls: Tensor, loc: Tensor, num_positives: int = 1) -> None:
-        """Adds one iteration: its cls and loc (scalars), and how many positives it had (0 or more)."""
-        if not torch.compiler.is_compiling():
-            self._seen_positive = self._seen_positive or num_positives > 0
+        """Adds one iteration: its cls and loc (scalars), and how many positives it had."""
         sums = torch.stack([cls + loc, loc]).to(self.sums)
         self.sums += torch.where(sums.isfinite().all(), sums, 0.0)
         self.iterations += 1
         if self.period is not None:
             self._end_epoch(self.iterations >= self.period)
+        if not torch.compiler.is_compiling():
+            self._calls += 1
+            self._seen_positive = self._seen_positive or num_positives > 0
+            if self._calls == self.period:
+                self._warn_without_positives()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -76,13 +81,7 @@ class SelfBalance(nn.Module):
 
         It stays as it was if nothing was localised, and warns once if no positive was ever seen.
         """
-        if not self._seen_positive and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "SelfBalance: no positive was seen so far, the weight of the localisation loss stays at "
-                "its initial value; check the assignment of targets",
-                stacklevel=2,
-            )
+        self._warn_without_positives()
         self._end_epoch(self.iterations > 0)
 
     def _end_epoch(self, ends: Tensor) -> None:
@@ -92,7 +91,18 @@ class SelfBalance(nn.Module):
         self.sums.masked_fill_(ends, 0)
         self.iterations.masked_fill_(ends, 0)
 
+    def _warn_without_positives(self) -> None:
+        if self._seen_positive or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "SelfBalance: no positive was seen so far, the weight of the localisation loss stays "
+            "at its initial value; check the assignment of targets",
+            stacklevel=3,
+        )
+
     def extra_repr(self) -> str:
+        """What repr() shows."""
         return f"period={self.period}"
 
 
@@ -103,8 +113,8 @@ class ALRPLoss(nn.Module):
         delta: half-width of the step function, in logits; 1 in the paper, its only hyperparameter.
         box_loss: "iou", "giou", "diou" or "ciou", see `localisation_errors`.
         tau: the IoU from which a detection counts as true.
-        balance: the weight of loc; None for a constant 1. `SelfBalance()` wants its `step()` at the end
-            of each epoch, `SelfBalance(period=...)` does it by itself.
+        balance: the weight of loc; None for a constant 1. `SelfBalance()` wants its `step()` at the
+            end of each epoch, `SelfBalance(period=...)` does it by itself.
         ignore_index, impl, algorithm: as in `alrp_loss`.
 
     Example:
@@ -151,14 +161,16 @@ class ALRPLoss(nn.Module):
 
         Args:
             logits, targets, positives: as in `alrp_loss`.
-            pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) of the positives, in the order in which
-                they stand in `targets`.
+            pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) of the positives, in the order in
+                which they stand in `targets`.
             target_boxes: (P, 4) their ground truth.
 
         Returns:
             `ALRPOutput`: loss = cls + weight * loc, and its parts.
         """
-        loc_errors = localisation_errors(pred_boxes, target_boxes, self.box_loss, self.tau)
+        loc_errors = localisation_errors(
+            pred_boxes, target_boxes, self.box_loss, self.tau, impl=self.impl
+        )
         cls, loc = alrp_loss(
             logits,
             targets,
@@ -179,6 +191,7 @@ class ALRPLoss(nn.Module):
         return ALRPOutput(cls + weight * loc, cls, loc, weight)
 
     def extra_repr(self) -> str:
+        """What repr() shows."""
         return f"delta={self.delta}, box_loss={self.box_loss!r}, tau={self.tau}"
 
 
@@ -204,4 +217,5 @@ class APLoss(nn.Module):
         return ap_loss(logits, targets, self.delta, positives=positives, **self.settings)
 
     def extra_repr(self) -> str:
+        """What repr() shows."""
         return f"delta={self.delta}"

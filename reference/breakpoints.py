@@ -1,20 +1,20 @@
 """The same numbers as `pairwise` in O((N + P) log P), exact, with torch operators on any device.
 
-H is piecewise linear. Positive i changes its mind about a score s at two edges only: below s_i - delta
-it counts nothing, above s_i + delta it counts one, and between them (its window) it counts linearly.
-Sorting the 2P edges of all positives cuts the line of scores into 2P + 1 intervals, and inside one
-interval all positives are linear at once. So
+H is piecewise linear. Positive i changes its mind about a score s at two edges only: below s_i -
+delta it counts nothing, above s_i + delta it counts one, and between them (its window) it counts
+linearly. Sorting the 2P edges of all positives cuts the line of scores into 2P + 1 intervals, and
+inside one interval all positives are linear at once. So
 
-- NFP(i) is the mean over the window of i of G(t) = number of negatives at or above t, since H(x) is the
-  mean of [t <= s]. It needs only how many negatives each interval holds, and the sum of their distances
-  to the interval's lower edge;
+- NFP(i) is the mean over the window of i of G(t) = number of negatives at or above t, since H(x) is
+  the mean of [t <= s]. It needs only how many negatives each interval holds, and the sum of their
+  distances to the interval's lower edge;
 - the gradient by s_j is a piecewise linear function of s_j: look its interval up, then
   value + slope * distance to the lower edge.
 
 Two things keep this as accurate as evaluating every pair. An edge is kept as the unevaluated sum
-`high + low` of two floats, which is exact, so no edge is ever rounded to the wrong side of a score. And
-all that is summed along the line is non-negative (for non-negative values and weights), over windows
-only, so that nothing large cancels.
+`high + low` of two floats, which is exact, so no edge is ever rounded to the wrong side of a score.
+And all that is summed along the line is non-negative (for non-negative values and weights), over
+windows only, so that nothing large cancels.
 """
 
 from __future__ import annotations

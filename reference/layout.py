@@ -1,8 +1,8 @@
 """Where the positives and the negatives stand among the logits.
 
-A level is a pair of tensors. Its logits are (B, C, M): B images or anchors, C classes, M places. Its
-targets are either class indices (B, M), or 1 / 0 / -1 for each logit (B, C, M). Several levels are
-ranked as one list, in turn, and never concatenated.
+A level is a pair of tensors. Its logits are (B, C, M): B images or anchors, C classes, M places.
+Its targets are either class indices (B, M), or 1 / 0 / -1 for each logit (B, C, M). Several levels
+are ranked as one list, in turn, and never concatenated.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 # Elements that one step of a loop over the logits handles: what bounds the memory on top of them.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
-# What an infinite score is ranked as. The same in every dtype, and a float32 whose double is one too, so
-# that the difference of two scores cannot overflow.
+# What an infinite score is ranked as. The same in every dtype, and a float32 whose double is one
+# too, so that the difference of two scores cannot overflow.
 LARGEST = 2.0**125
 
 

@@ -2,8 +2,8 @@
 
 Everything else in this project is held to these two functions, which are never changed to suit it.
 Notation: P positives i, k with scores s_i; N negatives j; x_ij = s_j - s_i (Sec. 2.1). A level of
-logits is (B, C, M), with targets as `layout` describes. Sums over examples are float64; H is evaluated
-in the logits' dtype, or in float32 for 16-bit logits.
+logits is (B, C, M), with targets as `layout` describes. Sums over examples are float64; H is
+evaluated in the logits' dtype, or in float32 for 16-bit logits.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def count(
         ignore_index: the class index that takes an anchor out.
 
     Returns:
-        Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i} H(x_ik)
-        (Eq. 3); S(i) = sum_{k != i} values(k) H(x_ik) (the sum in the numerator of Eq. 10).
+        Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i}
+        H(x_ik) (Eq. 3); S(i) = sum_{k != i} values(k) H(x_ik) (the sum in the numerator of Eq. 10).
     """
     nfp = scores.new_zeros(scores.shape, dtype=torch.float64)
     for negatives in _negatives(logits, targets, ignore_index):
@@ -83,7 +83,8 @@ def gradient(
         own: (P,) float64; the gradient by the positives, -D(i) / Z.
 
     Returns:
-        One tensor a level: sum_i weights(i) H(x_ij) at negatives, own(i) at positives, 0 at ignored.
+        One tensor a level: sum_i weights(i) H(x_ij) at negatives, own(i) at positives, 0 at
+        ignored.
     """
     gradients = [torch.zeros_like(level) for level in logits]
     for level, target, out in zip(logits, targets, gradients, strict=True):

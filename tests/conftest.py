@@ -1,4 +1,4 @@
-"""Set up before anything else is imported: where there is no GPU, kernels run in the interpreter."""
+"""Before anything else is imported: without a GPU, kernels run in the interpreter."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ DISTRIBUTIONS = {
 def detector_batch(
     distribution: str, anchors: int, classes: int, num_positives: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """float32 logits (anchors, classes), and int64 class indices with background -1 and some ignored."""
+    """float32 logits (anchors, classes), and class indices, -1 background, some ignored."""
     generator = torch.Generator().manual_seed(seed)
     negative, positive = DISTRIBUTIONS[distribution]
     logits = torch.randn(anchors, classes, generator=generator)

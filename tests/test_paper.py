@@ -1,4 +1,4 @@
-"""The numbers that the paper prints, those that the authors' code computes, and the two theorems."""
+"""The numbers that the paper prints, those of the authors' code, and the two theorems."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def plain_step(x: float, delta: float) -> float:
 
 @pytest.mark.parametrize("delta", DELTAS)
 def test_pairwise_says_what_the_equations_say(delta):
-    """Numbers on a grid of delta / 2 meet ties and x = +-delta; sums of Python floats are the truth."""
+    """Numbers on a grid of delta / 2 meet ties and x = +-delta; Python floats are the truth."""
     unit = delta / 2 if delta else 1.0
     generator = torch.Generator().manual_seed(1)
     logits = torch.randint(-4, 5, (12, 3, 2), generator=generator).double() * unit

@@ -1,0 +1,541 @@
+"""What every input gets: each row of the table in README.md, and every form of logits and targets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from examples import IGNORE, detector_batch, relative_error
+
+from alrp_triton import ALRPLoss, alrp_loss, ap_loss, error_driven_loss, set_backend
+
+ALGORITHMS = ("pairwise", "breakpoints")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """Whatever is allocated and not written shows up as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request):
+    return request.param
+
+
+def both(logits, targets, loc_errors, **settings):
+    """(cls, loc, gradient by logits, gradient by loc_errors) of fresh leaves."""
+    levels = logits if isinstance(logits, list) else [logits]
+    leaves = [level.detach().clone().requires_grad_() for level in levels]
+    loc_leaf = loc_errors.detach().clone().requires_grad_()
+    cls, loc = alrp_loss(
+        leaves if isinstance(logits, list) else leaves[0], targets, loc_leaf, **settings
+    )
+    (cls + loc).backward()
+    gradients = [leaf.grad for leaf in leaves]
+    return cls, loc, gradients if isinstance(logits, list) else gradients[0], loc_leaf.grad
+
+
+def test_no_positive_is_zero_and_attached(algorithm):
+    for shape in ((10, 3), (0, 3), (4, 3, 5), (4, 0)):
+        logits = torch.randn(shape, requires_grad=True)
+        boxes = torch.zeros(0, requires_grad=True)
+        targets = torch.full((shape[0], *shape[2:]), -1)
+        cls, loc = alrp_loss(logits, targets, boxes, algorithm=algorithm)
+        assert cls.item() == 0
+        assert loc.item() == 0
+        (cls + 50 * loc).backward()
+        assert (logits.grad == 0).all()
+        assert boxes.grad.shape == (0,)
+        loss = ap_loss(logits, targets, algorithm=algorithm)
+        assert loss.item() == 0
+        loss.backward()
+
+
+def test_no_positive_in_the_module():
+    logits = torch.randn(10, 3, requires_grad=True)
+    boxes = torch.zeros(0, 4, requires_grad=True)
+    out = ALRPLoss()(logits, torch.full((10,), 3), boxes, torch.zeros(0, 4))
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert (logits.grad == 0).all()
+    assert boxes.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("negatives", ["none", "all ignored", "irrelevant"])
+def test_no_relevant_negative(negatives, algorithm):
+    logits = torch.tensor([[2.0], [0.5], [-9.0], [-8.0]])
+    targets = torch.tensor([0, 0, -1, -1])
+    if negatives == "none":
+        logits, targets = logits[:2], targets[:2]
+    elif negatives == "all ignored":
+        targets[2:] = IGNORE
+    cls, loc, gradient, loc_gradient = both(
+        logits, targets, torch.tensor([0.2, 0.6]), algorithm=algorithm
+    )
+    assert cls.item() == 0
+    # rank+ is 1 and 2 - 1/2 * (0.5 / 1): H(x) of -1.5 is 0 and of 1.5 is 1.
+    assert abs(loc.item() - (0.2 / 1 + (0.6 + 0.2) / 2) / 2) < 1e-7
+    assert (gradient == 0).all()
+    assert relative_error(loc_gradient, torch.tensor([(1 + 1 / 2) / 2, 1 / 4])) < 1e-6
+
+
+def test_ignored_anchors_are_as_if_not_there(algorithm):
+    logits, targets = detector_batch("spread", 120, 4, 15)
+    loc_errors = torch.rand(15)
+    ignored = targets == IGNORE
+    assert ignored.any()
+    poisoned = logits.clone()
+    poisoned[ignored] = math.nan
+    poisoned[ignored.nonzero()[0]] = math.inf
+    cls, loc, gradient, loc_gradient = both(poisoned, targets, loc_errors, algorithm=algorithm)
+    kept = both(logits[~ignored], targets[~ignored], loc_errors, algorithm=algorithm)
+    assert cls == kept[0]
+    assert loc == kept[1]
+    assert (gradient[ignored] == 0).all()
+    assert torch.equal(gradient[~ignored], kept[2])
+    assert torch.equal(loc_gradient, kept[3])
+
+
+def test_ignore_index_may_be_any_class_index(algorithm):
+    logits, targets = detector_batch("spread", 120, 4, 15)
+    loc_errors = torch.rand(15)
+    expected = both(logits, targets, loc_errors, algorithm=algorithm)
+    minus_two = torch.where(targets == IGNORE, -2, targets)
+    got = both(logits, minus_two, loc_errors, ignore_index=-2, algorithm=algorithm)
+    assert torch.equal(got[2], expected[2])
+    # Within [0, C): the anchors of that class are out, and no positives.
+    keep = targets[targets >= 0] != 2
+    got = both(logits, targets, loc_errors[keep], ignore_index=2, algorithm=algorithm)
+    assert (got[2][targets == 2] == 0).all()
+
+
+def test_background_is_any_other_value(algorithm):
+    logits, targets = detector_batch("spread", 120, 4, 15)
+    expected = both(logits, targets, torch.ones(15), algorithm=algorithm)
+    for background in (4, -5, 2**40):
+        other = torch.where(targets == -1, background, targets)
+        got = both(logits, other, torch.ones(15), algorithm=algorithm)
+        assert torch.equal(got[2], expected[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", [0.0, 0.25, 1.0])
+def test_infinite_logits_rank_like_very_large_ones(delta, dtype, algorithm):
+    logits, targets = detector_batch("spread", 60, 3, 12)
+    logits = logits.to(dtype)
+    logits[::5, 0], logits[::7, 1] = -math.inf, math.inf
+    large = 60000.0
+    finite = logits.clamp(-large, large)
+    loc_errors = torch.rand(12)
+    got = both(logits, targets, loc_errors, delta=delta, algorithm=algorithm)
+    expected = both(finite, targets, loc_errors, delta=delta, algorithm=algorithm)
+    assert all(x.isfinite().all() for x in got)
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["negative", "positive", "far below"])
+def test_a_nan_logit_gives_a_nan_loss(where, delta, algorithm):
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    if where == "positive":
+        anchor = int((targets >= 0).nonzero()[3])
+        logits[anchor, targets[anchor]] = math.nan
+    else:
+        anchor = int((targets == -1).nonzero()[3])
+        logits[anchor, 1] = math.nan
+        if where == "far below":
+            logits[targets == -1] = -1000
+            logits[anchor, 1] = math.nan
+    logits.requires_grad_()
+    cls, loc = alrp_loss(logits, targets, torch.rand(12), delta, algorithm=algorithm)
+    assert cls.isnan()
+    assert loc.isnan()
+    assert ap_loss(logits, targets, delta, algorithm=algorithm).isnan()
+    cls.backward()
+    assert logits.grad.isnan().any()
+    assert (logits.grad[targets == IGNORE] == 0).all()
+
+
+def test_nan_loc_error_gives_a_nan_loc(algorithm):
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    loc_errors = torch.rand(12)
+    loc_errors[4] = math.nan
+    _, loc = alrp_loss(logits, targets, loc_errors, algorithm=algorithm)
+    assert loc.isnan()
+
+
+@pytest.mark.parametrize("delta", [0.5, 2.0])
+def test_step_at_its_corners(delta, algorithm):
+    """x = -delta, 0, delta exactly, and one float on either side of the corners."""
+    positive = torch.tensor(0.75)
+    x = torch.tensor([-delta, 0.0, delta])
+    around = torch.stack([positive + x, (positive + x).nextafter(torch.tensor(9.0))])
+    logits = torch.cat([positive.reshape(1), around.flatten()])
+    targets = torch.zeros(7)
+    targets[0] = 1
+    counted = []
+
+    def keep(counts):
+        counted.append(counts.nfp)
+        return counts.nfp, counts.nfp * 0, 1.0
+
+    for j in range(1, 7):
+        pair = logits[[0, j]]
+        error_driven_loss(pair, targets[[0, j]], keep, delta=delta, algorithm=algorithm)
+    gap = logits[1:].double() - 0.75
+    expected = (gap / (2 * delta) + 0.5).clamp(0, 1)
+    assert (torch.cat(counted) - expected).abs().max() < 1e-7
+    assert counted[0] == 0
+    assert counted[1] == 0.5
+    assert counted[2] == 1
+
+
+def test_hard_step_counts_ties(algorithm):
+    logits = torch.tensor([0.5, 0.5, 0.5, 0.4999])
+    targets = torch.tensor([1, 1, 0, 0])
+    ranks = []
+
+    def keep(counts):
+        ranks.append(counts.rank)
+        return counts.nfp, counts.nfp * 0, 1.0
+
+    error_driven_loss(logits, targets, keep, delta=0.0, algorithm=algorithm)
+    assert ranks[0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_compute_as_if_upcast(dtype, algorithm):
+    logits, targets = detector_batch("mid", 400, 4, 30)
+    logits = logits.to(dtype)
+    loc_errors = torch.rand(30, dtype=torch.float64)
+    got = both(logits, targets, loc_errors, algorithm=algorithm)
+    expected = both(logits.double(), targets, loc_errors, algorithm="pairwise")
+    assert got[0].dtype == torch.float32
+    assert got[2].dtype == dtype
+    assert relative_error(got[0], expected[0]) < torch.finfo(torch.float32).eps
+    # One rounding: half a unit in the last place, below the normal range of its smallest number.
+    unit = torch.finfo(dtype)
+    budget = expected[2].abs() * unit.eps / 2 + unit.tiny * unit.eps / 2
+    slack = 1e-6 * expected[2].abs()  # float32 evaluation of H before that rounding
+    assert ((got[2].double() - expected[2]).abs() <= budget + slack).all()
+
+
+def test_float64_is_computed_in_float64(algorithm):
+    logits, targets = detector_batch("mid", 200, 4, 30)
+    got = both(logits.double(), targets, torch.rand(30, dtype=torch.float64), algorithm=algorithm)
+    assert all(x.dtype == torch.float64 for x in got)
+
+
+FORMS = {
+    "anchors": lambda x: (x, None),
+    "one dimension": lambda x: (x.reshape(8, 30, 4).transpose(1, 2), (8, 30)),
+    "two dimensions": lambda x: (x.reshape(4, 6, 10, 4).permute(0, 3, 1, 2), (4, 6, 10)),
+    "channels last": lambda x: (
+        x.reshape(4, 6, 10, 4).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
+        (4, 6, 10),
+    ),
+    "contiguous maps": lambda x: (x.reshape(4, 6, 10, 4).permute(0, 3, 1, 2).contiguous(), (4, 6, 10)),
+    "not viewable": lambda x: (
+        x.reshape(4, 6, 10, 4).permute(0, 3, 1, 2)[:, :, :, ::1].transpose(2, 3), (4, 10, 6)),
+    "every second": lambda x: (
+        torch.stack([x, x + 1], 1).flatten(0, 1)[::2], None),
+    "expanded": lambda x: (x, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_layout_gives_the_same(form, algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    expected = both(logits, targets, torch.ones(30), algorithm=algorithm)
+    laid_out, shape = FORMS[form](logits)
+    if form == "not viewable":
+        cut = targets.reshape(4, 6, 10).transpose(1, 2)
+    else:
+        cut = targets if shape is None else targets.reshape(shape)
+    leaf = laid_out.detach().requires_grad_()
+    before = leaf.detach().clone()
+    cls, _ = alrp_loss(leaf, cut, torch.ones(30), algorithm=algorithm)
+    cls.backward()
+    assert relative_error(cls, expected[0]) < 1e-6
+    assert leaf.grad.shape == leaf.shape
+    assert torch.equal(leaf, before)  # inputs are never written to
+    flat = leaf.grad
+    if form == "not viewable":
+        flat = flat.transpose(2, 3)
+    if shape is not None:
+        flat = flat.movedim(1, -1).reshape(240, 4)
+    assert relative_error(flat, expected[2]) < 1e-6
+
+
+def test_levels_rank_as_one_list(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    loc_errors = torch.rand(30)
+    whole = both(logits, targets, loc_errors, algorithm=algorithm)
+    cuts = (160, 64, 0, 16)
+    got = both(list(logits.split(cuts)), list(targets.split(cuts)), loc_errors, algorithm=algorithm)
+    assert relative_error(got[0], whole[0]) < 1e-6
+    assert relative_error(torch.cat(got[2]), whole[2]) < 1e-6
+    assert relative_error(got[3], whole[3]) < 1e-6
+
+
+def test_a_map_with_anchors_in_its_channels_needs_no_permute(algorithm):
+    """(B, A * C, H, W) as view(B * A, C, H, W) with targets (B * A, H, W): no copy is made."""
+    batch, anchors, classes, height, width = 2, 3, 4, 5, 8
+    maps = torch.randn(batch, anchors * classes, height, width, requires_grad=True)
+    targets = torch.randint(-1, classes, (batch * anchors, height, width))
+    view = maps.view(batch * anchors, classes, height, width)
+    num_positives = int((targets >= 0).sum())
+    loc_errors = torch.rand(num_positives)
+    cls, _ = alrp_loss(view, targets, loc_errors, algorithm=algorithm)
+    cls.backward()
+    flat = view.detach().permute(0, 2, 3, 1).reshape(-1, classes)
+    expected = both(flat, targets.reshape(-1), loc_errors, algorithm=algorithm)
+    assert relative_error(cls, expected[0]) < 1e-6
+    got = maps.grad.view_as(view).permute(0, 2, 3, 1).reshape(-1, classes)
+    assert relative_error(got, expected[2]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.int8, torch.float32, torch.float64, torch.float16]
+)
+def test_targets_for_each_logit(dtype, algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    expected = both(logits, targets, torch.ones(30), algorithm=algorithm)
+    marks = torch.nn.functional.one_hot(targets.clamp(min=0), 4) * (targets >= 0)[:, None]
+    marks[targets == IGNORE] = -1
+    marks = marks.to(dtype)
+    for shape in ((240, 4), (240 * 4,), (10, 4, 6, 4), (1, 240, 4)):
+        got = both(logits.reshape(shape), marks.reshape(shape), torch.ones(30), algorithm=algorithm)
+        assert relative_error(got[0], expected[0]) < 1e-6
+        assert relative_error(got[2].reshape(240, 4), expected[2]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_class_indices_of_any_integer_dtype(dtype, algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    targets[targets == IGNORE] = -1
+    expected = both(logits, targets, torch.ones(30), algorithm=algorithm)
+    if dtype == torch.uint8:
+        targets = torch.where(targets < 0, 4, targets)
+    got = both(logits, targets.to(dtype), torch.ones(30), algorithm=algorithm)
+    assert torch.equal(got[2], expected[2])
+
+
+def test_bool_targets_for_each_logit():
+    logits = torch.tensor([0.1, 0.3, 0.2])
+    got = both(logits, torch.tensor([True, False, False]), torch.ones(1), delta=0.0)
+    assert abs(got[0].item() - 2 / 3) < 1e-7
+
+
+def test_given_positives_save_the_search(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    loc_errors = torch.rand(30)
+    expected = both(logits, targets, loc_errors, algorithm=algorithm)
+    positives = (targets >= 0).nonzero()[:, 0]
+    for given in (positives, positives.int()):
+        got = both(logits, targets, loc_errors, positives=given, algorithm=algorithm)
+        assert torch.equal(got[2], expected[2])
+    shuffled = torch.randperm(30)
+    got = both(
+        logits, targets, loc_errors[shuffled], positives=positives[shuffled], algorithm=algorithm
+    )
+    assert relative_error(got[1], expected[1]) < 1e-6
+    assert relative_error(got[3], expected[3][shuffled]) < 1e-6
+    assert torch.equal(ap_loss(logits, targets, positives=positives), ap_loss(logits, targets))
+
+
+def test_padded_positives_over_levels(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    loc_errors = torch.rand(30)
+    cuts = (160, 80)
+    levels, level_targets = list(logits.split(cuts)), list(targets.split(cuts))
+    expected = both(levels, level_targets, loc_errors, algorithm=algorithm)
+    positives = torch.full((40,), -1)
+    padded = torch.full((40,), math.nan)  # what stands beside padding is never looked at
+    slots = torch.randperm(40)[:30].sort().values
+    positives[slots], padded[slots] = (targets >= 0).nonzero()[:, 0], loc_errors
+    got = both(levels, level_targets, padded, positives=positives, algorithm=algorithm)
+    assert torch.equal(got[0], expected[0])
+    assert relative_error(got[1], expected[1]) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(got[2], expected[2], strict=True))
+    assert relative_error(got[3][slots], expected[3]) < 1e-6
+    nothing = torch.full((7,), -1)
+    cls, loc, gradient, _ = both(logits, targets, torch.zeros(7), positives=nothing)
+    assert cls == loc == 0
+    assert (gradient == 0).all()
+
+
+def test_upstream_gradient_is_linear(algorithm):
+    logits, targets = detector_batch("mid", 240, 4, 30)
+    logits = logits.double().requires_grad_()
+    cls, _ = alrp_loss(logits, targets, torch.rand(30), algorithm=algorithm)
+    (once,) = torch.autograd.grad(cls, logits, retain_graph=True)
+    (again,) = torch.autograd.grad(cls, logits, retain_graph=True)
+    assert torch.equal(once, again)  # a second backward works
+    (scaled,) = torch.autograd.grad(-3.7 * cls, logits, retain_graph=True)
+    assert relative_error(scaled, -3.7 * once) < 1e-12
+    (expanded,) = torch.autograd.grad(
+        cls.expand(4, 5), logits, torch.tensor(2.0).expand(4, 5), retain_graph=True
+    )
+    assert relative_error(expanded, 40 * once) < 1e-6  # a stride-0 upstream gradient
+
+
+def test_loss_scale_in_float16(algorithm):
+    """GradScaler's 65 536 multiplies the gradient before it is rounded to float16, not after."""
+    logits, targets = detector_batch("mid", 12_000, 4, 30)
+    logits, loc_errors = logits.half(), torch.rand(30)
+    exact = both(logits.double(), targets, loc_errors, algorithm="pairwise")[2]
+    logits.requires_grad_()
+    cls, _ = alrp_loss(logits, targets, loc_errors, algorithm=algorithm)
+    loss = cls / 1024  # one small term among others
+    (plain,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss * 65536.0, logits)
+    assert ((plain == 0) & (scaled != 0)).any()  # lost without the scale
+    exact = exact * 64
+    normal = exact.abs() > torch.finfo(torch.float16).tiny
+    assert relative_error(scaled[normal], exact[normal]) < torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("upstream", ["constant", "differentiable"])
+def test_second_derivative_is_a_clear_error(upstream, algorithm):
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    logits.requires_grad_()
+    cls, _ = alrp_loss(logits, targets, torch.rand(12), algorithm=algorithm)
+    value = cls if upstream == "constant" else cls.square()
+    (gradient,) = torch.autograd.grad(value, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_no_grad_returns_the_true_value(algorithm):
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    loc_errors = torch.rand(12)
+    expected = both(logits, targets, loc_errors, algorithm=algorithm)
+    logits.requires_grad_()
+    with torch.no_grad():
+        got = alrp_loss(logits, targets, loc_errors, algorithm=algorithm)
+    assert not got[0].requires_grad
+    assert torch.equal(got[0], expected[0].detach())
+    assert torch.equal(got[1], expected[1].detach())
+
+
+def test_repeats_bitwise(algorithm):
+    logits, targets = detector_batch("spread", 2000, 20, 200)
+    loc_errors = torch.rand(200)
+    first = both(logits, targets, loc_errors, algorithm=algorithm)
+    for _ in range(3):
+        again = both(logits, targets, loc_errors, algorithm=algorithm)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_order_of_the_anchors_does_not_matter(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    logits = logits.double()
+    order = torch.randperm(240)
+    loc_errors = torch.rand(240, dtype=torch.float64)
+    expected = both(logits, targets, loc_errors[targets >= 0], algorithm=algorithm)
+    got = both(
+        logits[order], targets[order], loc_errors[order][targets[order] >= 0], algorithm=algorithm
+    )
+    assert relative_error(got[0], expected[0]) < 1e-12
+    assert relative_error(got[1], expected[1]) < 1e-12
+    assert relative_error(got[2], expected[2][order]) < 1e-10
+
+
+def test_shift_of_all_scores_changes_nothing(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    logits = (logits.double() * 64).round() / 64  # so that shifting rounds nothing
+    expected = both(logits, targets, torch.ones(30), algorithm=algorithm)
+    got = both(logits + 32, targets, torch.ones(30), algorithm=algorithm)
+    assert relative_error(got[0], expected[0]) < 1e-12
+    assert relative_error(got[2], expected[2]) < 1e-10
+
+
+def test_zero_gradient_below_the_lowest_positive(algorithm):
+    logits, targets = detector_batch("late", 240, 4, 30)
+    anchors = (targets >= 0).nonzero()[:, 0]
+    lowest = logits[anchors, targets[anchors]].min() - 1.0
+    gradient = both(logits, targets, torch.ones(30), algorithm=algorithm)[2]
+    assert (logits < lowest).any()
+    assert (gradient[logits < lowest] == 0).all()
+
+
+def test_loc_gradient_is_the_derivative(algorithm):
+    logits, targets = detector_batch("spread", 60, 3, 12)
+    logits = logits.double()
+    for delta in (0.0, 1.0):
+        torch.autograd.gradcheck(
+            lambda loc_errors, delta=delta: alrp_loss(
+                logits, targets, loc_errors, delta, algorithm=algorithm
+            )[1],
+            torch.rand(12, dtype=torch.float64, requires_grad=True),
+        )
+
+
+LOGITS, TARGETS, LOC_ERRORS = torch.zeros(6, 3), torch.tensor([0, 2, -1, -1, 9, 1]), torch.zeros(3)
+WRONG = [
+    ({"logits": [[0.0]]}, TypeError, "logits: expected a tensor"),
+    ({"logits": [], "targets": []}, ValueError, "logits: expected at least one level"),
+    ({"logits": torch.zeros(6, 3, dtype=torch.int32)}, TypeError, "logits: .*got int32"),
+    ({"logits": [LOGITS, LOGITS.double()], "targets": [TARGETS] * 2}, TypeError, "one dtype"),
+    ({"logits": [LOGITS, LOGITS]}, ValueError, "targets: expected one tensor for each of the 2"),
+    ({"targets": TARGETS[:5]}, ValueError, r"targets: expected shape \(6,\) .*got \(5,\)"),
+    ({"targets": TARGETS.float()}, TypeError, "targets: expected integer .*float32"),
+    ({"targets": TARGETS.to("meta")}, ValueError, "targets: expected on cpu .*got meta"),
+    ({"logits": torch.zeros(6)}, None, ""),
+    ({"loc_errors": torch.zeros(4)}, ValueError, "loc_errors.*4 given"),
+    ({"loc_errors": torch.zeros(2)}, ValueError, "loc_errors.*2 given"),
+    ({"loc_errors": torch.zeros(3, 1)}, ValueError, r"loc_errors: expected shape \(P,\)"),
+    ({"loc_errors": torch.zeros(3).long()}, TypeError, "loc_errors: expected a floating .*int64"),
+    ({"loc_errors": [0.0] * 3}, TypeError, "loc_errors: expected a floating tensor, got list"),
+    ({"loc_errors": LOC_ERRORS.to("meta")}, ValueError, "loc_errors: expected on cpu"),
+    ({"delta": -1.0}, ValueError, "delta: .*got -1.0"),
+    ({"delta": math.nan}, ValueError, "delta: .*got nan"),
+    ({"delta": math.inf}, ValueError, "delta: .*got inf"),
+    ({"delta": "1"}, TypeError, "delta: expected a number, got str"),
+    ({"positives": torch.tensor([0, 1])}, ValueError, r"loc_errors: expected shape \(2,\)"),
+    ({"positives": torch.tensor([0.0, 1, 5])}, TypeError, "positives: expected int64, got .*float"),
+    ({"positives": torch.tensor([[0, 1, 5]])}, ValueError, "positives: expected shape"),
+    ({"positives": torch.tensor([0, 1, 2])}, ValueError, "positives: every entry"),
+    ({"positives": torch.tensor([0, 1, 600])}, ValueError, "positives: every entry"),
+    ({"positives": torch.tensor([0, 1, -7])}, ValueError, "positives: every entry"),
+    ({"impl": "cuda"}, ValueError, "impl: expected one of auto, triton, torch, got 'cuda'"),
+    ({"algorithm": "sort"}, ValueError, "algorithm: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG)
+def test_wrong_input_names_the_argument(change, error, message):
+    arguments = {"logits": LOGITS, "targets": TARGETS, "loc_errors": LOC_ERRORS} | change
+    if error is None:  # class indices cannot be told from marks: one dimension holds marks
+        arguments["loc_errors"] = torch.zeros(1)
+        alrp_loss(**arguments)
+        return
+    with pytest.raises(error, match=message):
+        alrp_loss(**arguments)
+
+
+def test_wrong_errors_function_is_named():
+    with pytest.raises(TypeError, match="errors_fn: expected a function of Counts, got str"):
+        error_driven_loss(LOGITS, TARGETS, "ap")
+    with pytest.raises(ValueError, match=r"errors_fn: expected l of shape \(3,\).*got \(1,\)"):
+        error_driven_loss(LOGITS, TARGETS, lambda c: (c.nfp[:1], c.nfp, 1.0))
+
+
+def test_backend_set_once_for_a_program():
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        set_backend(impl="numpy")
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    try:
+        set_backend(impl="torch", algorithm="pairwise")
+        expected = ap_loss(logits, targets)
+    finally:
+        set_backend()
+    assert torch.equal(ap_loss(logits, targets, impl="torch", algorithm="pairwise"), expected)

@@ -1,0 +1,180 @@
+"""The modules and the self-balancing weight."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from examples import detector_batch, relative_error
+
+from alrp_triton import ALRPLoss, APLoss, SelfBalance, alrp_loss, ap_loss, localisation_errors
+
+
+def batch(num_positives: int = 12, seed: int = 0):
+    logits, targets = detector_batch("mid", 200, 4, num_positives, seed)
+    target_boxes = torch.rand(num_positives, 4, generator=torch.Generator().manual_seed(seed))
+    target_boxes = target_boxes.cumsum(1)
+    return logits, targets, target_boxes + 0.05, target_boxes
+
+
+@pytest.mark.parametrize("box_loss", ["iou", "giou", "diou", "ciou"])
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_module_is_the_functions(box_loss, tau):
+    logits, targets, pred_boxes, target_boxes = batch()
+    logits.requires_grad_()
+    pred_boxes.requires_grad_()
+    out = ALRPLoss(delta=0.5, box_loss=box_loss, tau=tau)(logits, targets, pred_boxes, target_boxes)
+    out.loss.backward()
+    gradients = logits.grad.clone(), pred_boxes.grad.clone()
+    logits.grad = pred_boxes.grad = None
+    errors = localisation_errors(pred_boxes, target_boxes, box_loss, tau)
+    cls, loc = alrp_loss(logits, targets, errors, 0.5)
+    (cls + loc).backward()
+    assert (out.cls, out.loc, out.weight, out.loss) == (cls, loc, 1, cls + loc)
+    assert torch.equal(logits.grad, gradients[0])
+    assert torch.equal(pred_boxes.grad, gradients[1])
+
+
+def test_ap_module_is_the_function():
+    logits, targets, *_ = batch()
+    assert torch.equal(APLoss(delta=0.5)(logits, targets), ap_loss(logits, targets, 0.5))
+    positives = (targets >= 0).nonzero()[:, 0]
+    assert torch.equal(APLoss()(logits, targets, positives), ap_loss(logits, targets))
+
+
+def test_weight_multiplies_the_box_gradient_alone():
+    logits, targets, pred_boxes, target_boxes = batch()
+    gradients = []
+    for initial in (1.0, 50.0):
+        leaves = logits.clone().requires_grad_(), pred_boxes.clone().requires_grad_()
+        out = ALRPLoss(balance=SelfBalance(initial))(leaves[0], targets, leaves[1], target_boxes)
+        out.loss.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+        assert out.weight == initial
+        assert relative_error(out.loss, out.cls + initial * out.loc) < 1e-6
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert relative_error(gradients[1][1], 50 * gradients[0][1]) < 1e-5
+
+
+def test_balance_is_the_ratio_of_the_epoch():
+    balance = SelfBalance()
+    criterion = ALRPLoss(balance=balance)
+    assert balance.weight == 50
+    for epoch in range(3):
+        outs = [criterion(*batch(seed=10 * epoch + i)) for i in range(4)]
+        weights = {float(out.weight) for out in outs}
+        assert weights == {float(balance.weight.float())}  # constant within an epoch
+        total = sum(float(out.cls + out.loc) for out in outs)
+        balance.step()
+        expected = total / sum(float(out.loc) for out in outs)
+        assert float(balance.weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_period_ends_epochs_by_itself():
+    by_period, by_hand = SelfBalance(period=3), SelfBalance()
+    for i in range(10):
+        cls, loc = torch.tensor(0.9 - i / 20), torch.tensor(0.1 + i / 50)
+        by_period.update(cls, loc)
+        by_hand.update(cls, loc)
+        if i % 3 == 2:
+            by_hand.step()
+        assert by_period.weight == by_hand.weight
+    assert by_period.weight != 50
+    assert by_period.iterations == 1
+
+
+def test_balance_is_saved_and_restored():
+    criterion = ALRPLoss(balance=SelfBalance())
+    criterion(*batch())
+    state = copy.deepcopy(criterion.state_dict())
+    assert set(state) == {"balance.weight", "balance.sums", "balance.iterations"}
+    restored = ALRPLoss(balance=SelfBalance())
+    restored.load_state_dict(state)
+    for module in (criterion, restored):
+        module(*batch(seed=1))
+        module.balance.step()
+    assert restored.balance.weight == criterion.balance.weight
+    assert pickle.loads(pickle.dumps(criterion)).balance.weight == criterion.balance.weight
+    assert copy.deepcopy(criterion).balance.weight == criterion.balance.weight
+
+
+def test_evaluation_leaves_the_balance_alone():
+    criterion = ALRPLoss(balance=SelfBalance()).eval()
+    criterion(*batch())
+    assert criterion.balance.iterations == 0
+    assert (criterion.balance.sums == 0).all()
+
+
+def test_epoch_without_positives_keeps_the_weight_and_warns_once():
+    criterion = ALRPLoss(balance=SelfBalance(initial=20.0))
+    for _ in range(2):
+        out = criterion(*batch(num_positives=0))
+        assert out.loss == 0
+    with pytest.warns(UserWarning, match="no positive was seen"):
+        criterion.balance.step()
+    assert criterion.balance.weight == 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.balance.step()
+        criterion(*batch())
+        criterion.balance.step()
+    assert criterion.balance.weight != 20
+
+
+def test_period_without_positives_warns_too():
+    criterion = ALRPLoss(balance=SelfBalance(period=2))
+    criterion(*batch(num_positives=0))
+    with pytest.warns(UserWarning, match="no positive was seen"):
+        criterion(*batch(num_positives=0))
+
+
+def test_loss_that_is_not_finite_does_not_spoil_the_balance():
+    balance = SelfBalance()
+    balance.update(torch.tensor(0.9), torch.tensor(0.1))
+    balance.update(torch.tensor(float("nan")), torch.tensor(0.1))
+    balance.step()
+    assert float(balance.weight) == pytest.approx(10, rel=1e-6)
+
+
+def test_perfect_localisation_keeps_the_weight():
+    balance = SelfBalance(initial=7.0)
+    balance.update(torch.tensor(0.5), torch.tensor(0.0))
+    balance.step()
+    assert balance.weight == 7
+
+
+def test_wrong_settings_are_named():
+    for make, message in (
+        (lambda: SelfBalance(initial=0.0), "initial: expected a positive number"),
+        (lambda: SelfBalance(period=0), "period: expected None or at least 1"),
+        (lambda: ALRPLoss(box_loss="l1"), "got 'l1'"),
+        (lambda: ALRPLoss(tau=1.0), "tau: expected a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    """Logits and boxes of a 16-bit forward pass; the loss leaves autocast's dtypes alone."""
+    logits, targets, pred_boxes, target_boxes = batch()
+    leaf = logits.to(dtype).requires_grad_()
+    boxes = pred_boxes.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out = ALRPLoss(balance=SelfBalance())(leaf, targets, boxes, target_boxes)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert leaf.grad.dtype == boxes.grad.dtype == dtype
+    plain = ALRPLoss()(leaf.detach(), targets, boxes.detach(), target_boxes)
+    assert out.cls == plain.cls
+    assert relative_error(out.loc, plain.loc) < 1e-6
+
+
+def test_settings_show_in_repr():
+    criterion = ALRPLoss(delta=0.5, box_loss="ciou", balance=SelfBalance(period=9))
+    assert "delta=0.5, box_loss='ciou', tau=0.5" in repr(criterion)
+    assert "period=9" in repr(criterion)
+    assert repr(APLoss(delta=0.5)) == "APLoss(delta=0.5)"
