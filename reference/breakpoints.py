@@ -55,7 +55,7 @@ def count(
     size = edges.high.numel()
     number = torch.zeros(size, dtype=torch.int64, device=scores.device)
     distance = torch.zeros(size, dtype=torch.float64, device=scores.device)
-    unordered = scores.isnan().any()
+    unordered = torch.zeros((), dtype=torch.bool, device=scores.device)
     for level, target in zip(logits, targets, strict=True):
         for _, _, part, part_targets in blocks(level, target):
             _, negatives = _relevant(part, part_targets, edges, ignore_index)
@@ -64,19 +64,14 @@ def count(
             distance += interval.bincount(offset, minlength=size)
             unordered |= negatives.isnan().any()
     nfp = _window_mean(edges, number, distance, delta)
+    others = _sum_over_others(edges, scores, torch.ones_like(nfp), delta)
+    value_sum = _sum_over_others(edges, scores, values.double(), delta)
 
-    # Among the positives: all of them, less what each sees of itself (exactly 0 if that is all).
-    itself = 1.0 if delta == 0 else 0.5
-    interval, offset = _look_up(scores, edges)
-    alone = _sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
-    others, value_sum = (
-        torch.where(alone, 0.0, _window_mean(edges, *sums, delta) - itself * weight)
-        for weight in (torch.ones_like(offset), values.double())
-        for sums in [[interval.bincount(w, minlength=size) for w in (weight, weight * offset)]]
-    )
-    # NaN has no place in any order: no rank is right then.
-    poison = torch.where(unordered, torch.nan, 0.0).double()
-    return nfp + poison, 1 + others + poison, value_sum + poison
+    # NaN has no place in any order, so it leaves no number standing that it was compared with.
+    unranked = scores.isnan().any()
+    nfp = nfp.masked_fill(unranked | unordered, torch.nan)
+    others, value_sum = (x.masked_fill(unranked, torch.nan) for x in (others, value_sum))
+    return nfp, 1 + others, value_sum
 
 
 def gradient(
@@ -158,6 +153,19 @@ def _look_up(scores: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
     """The interval of each score, and float64 distances to `high` of its lower edge."""
     interval = torch.bucketize(scores, edges.key, right=True, out_int32=True)
     return interval, scores - edges.high.index_select(0, interval)
+
+
+def _sum_over_others(edges: Edges, scores: Tensor, values: Tensor, delta: float) -> Tensor:
+    """(P,) sum_{k != i} values(k) H(x_ik): that over all positives, less what i sees of itself."""
+    size = edges.high.numel()
+    interval, offset = _look_up(scores, edges)
+    number = interval.bincount(values, minlength=size)
+    distance = interval.bincount(values * offset, minlength=size)
+    itself = values if delta == 0 else values / 2
+    others = _window_mean(edges, number, distance, delta) - itself
+    # Where nobody else stands at or above the window, the difference must be 0, not its rounding.
+    alone = _sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
+    return others.masked_fill(alone, 0)
 
 
 def _window_mean(edges: Edges, number: Tensor, distance: Tensor, delta: float) -> Tensor:
