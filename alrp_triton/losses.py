@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class SelfBalance(nn.Module):
         >>> balance = SelfBalance(initial=50.0)
         >>> balance.update(torch.tensor(0.9), torch.tensor(0.1))
         >>> balance.step()                           # the epoch ends
-        >>> balance.weight
-        tensor(10., dtype=torch.float64)
+        >>> round(balance.weight.item(), 4)
+        10.0
     """
 
     weight: Tensor
@@ -205,16 +205,33 @@ class APLoss(nn.Module):
         >>> APLoss(delta=1.0)(logits, targets).backward()
     """
 
-    def __init__(self, delta: float = 1.0, **settings: Any) -> None:
+    def __init__(
+        self,
+        delta: float = 1.0,
+        *,
+        ignore_index: int = -100,
+        impl: str = "auto",
+        algorithm: str = "auto",
+    ) -> None:
         super().__init__()
         self.delta = delta
-        self.settings = settings
+        self.ignore_index = ignore_index
+        self.impl = impl
+        self.algorithm = algorithm
 
     def forward(
         self, logits: LogitsOrLevels, targets: LogitsOrLevels, positives: Tensor | None = None
     ) -> Tensor:
         """The loss of one batch, a scalar; arguments as in `ap_loss`."""
-        return ap_loss(logits, targets, self.delta, positives=positives, **self.settings)
+        return ap_loss(
+            logits,
+            targets,
+            self.delta,
+            ignore_index=self.ignore_index,
+            positives=positives,
+            impl=self.impl,
+            algorithm=self.algorithm,
+        )
 
     def extra_repr(self) -> str:
         """What repr() shows."""

@@ -1,0 +1,1 @@
+"""Seams into detection libraries; each module needs its library, `alrp_triton` itself none."""

@@ -1,0 +1,1 @@
+"""Measurements: what the losses do in training and what they cost. Not part of the package."""
