@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import LARGEST, blocks, compute_dtype, exclude_non_negatives, finite, write_positives
+from .layout import LARGEST, blocks, clear_positives, finite, write_positives
 
 
 class Edges(NamedTuple):
@@ -58,7 +58,7 @@ def count(
     unordered = torch.zeros((), dtype=torch.bool, device=scores.device)
     for level, target in zip(logits, targets, strict=True):
         for _, _, part, part_targets in blocks(level, target):
-            _, negatives = _relevant(part, part_targets, edges, ignore_index)
+            _, _, negatives = _relevant(part, part_targets, edges, ignore_index)
             interval, offset = _look_up(negatives, edges)
             number += interval.bincount(minlength=size)
             distance += interval.bincount(offset, minlength=size)
@@ -92,12 +92,12 @@ def gradient(
     value, slope = _line(edges, weights.double(), delta)
     for level, target, out in zip(logits, targets, gradients, strict=True):
         for rows, places, part, part_targets in blocks(level, target):
-            mask, negatives = _relevant(part, part_targets, edges, ignore_index)
+            at, mask, negatives = _relevant(part, part_targets, edges, ignore_index)
             interval, offset = _look_up(negatives, edges)
-            total = offset.mul_(slope.index_select(0, interval)).add_(
-                value.index_select(0, interval)
-            )
-            out[rows, :, places].masked_scatter_(mask, total.to(out.dtype))
+            total = offset.mul_(slope.index_select(0, interval))
+            total.add_(value.index_select(0, interval))
+            update = torch.zeros_like(mask, dtype=out.dtype)
+            out[rows, :, places][at] = update.masked_scatter_(mask, total.to(out.dtype))
     write_positives(gradients, index, own)
     return gradients
 
@@ -139,14 +139,30 @@ def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _relevant(
     part: Tensor, targets: Tensor, edges: Edges, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Negatives that are not wholly below min_P(s) - delta: their mask, and their finite scores."""
-    part = part.to(compute_dtype(part.dtype))
+) -> tuple[tuple[Tensor, slice, Tensor], Tensor, Tensor]:
+    """Negatives that are not wholly below min_P(s) - delta.
+
+    Places are looked at by their highest logit first: late in training few have a relevant one.
+
+    Returns:
+        The places that have any, as an index into `part` that gives (K, C); which of their logits
+        they are, (K, C) bool; the finite scores of these.
+    """
     lowest = edges.key[0]
     lowest = torch.where(lowest > -LARGEST / 2, lowest, -torch.inf)
-    mask = (part < lowest).logical_not_()  # keeps NaN
-    exclude_non_negatives(mask, targets, ignore_index)
-    return mask, finite(part[mask])
+    part = part.to(lowest.dtype)
+    keep = (part.amax(1) < lowest).logical_not_()  # keeps NaN, here and below
+    if targets.dim() == 2:
+        keep.logical_and_(targets != ignore_index)
+    rows, places = keep.nonzero(as_tuple=True)
+    at = (rows, slice(None), places)
+    scores = part[at]
+    mask = (scores < lowest).logical_not_()
+    if targets.dim() == 3:
+        mask.logical_and_(targets[at] == 0)
+    else:
+        clear_positives(mask, targets[rows, places])
+    return at, mask, finite(scores[mask])
 
 
 def _look_up(scores: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:

@@ -44,17 +44,25 @@ def exclude_non_negatives(mask: Tensor, targets: Tensor, ignore_index: int) -> T
     """
     if targets.dim() == mask.dim():
         return mask.logical_and_(targets == 0)
-    mask.masked_fill_((targets == ignore_index)[:, None, :], False)
+    mask.logical_and_((targets != ignore_index)[:, None, :])
     rows, places = is_positive(mask, targets, ignore_index).nonzero(as_tuple=True)
     mask[rows, targets[rows, places].long(), places] = False
     return mask
 
 
+def clear_positives(mask: Tensor, targets: Tensor) -> None:
+    """Clears, in place, `mask` (K, C) at the class indices `targets` (K,) that are positive."""
+    rows = ((targets >= 0) & (targets < mask.shape[1])).nonzero()[:, 0]
+    mask[rows, targets[rows].long()] = False
+
+
 def blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Cuts a level into views of about `CHUNK` logits: (rows, places, logits, targets)."""
     batch, classes, places = logits.shape
-    row_step = max(1, CHUNK // max(1, classes * places))
-    place_step = max(1, CHUNK // max(1, classes)) if row_step == 1 else max(1, places)
+    if logits.numel() == 0:
+        return
+    row_step = max(1, CHUNK // (classes * places))
+    place_step = max(1, CHUNK // classes) if row_step == 1 else places
     for row in range(0, batch, row_step):
         for place in range(0, places, place_step):
             rows, cut = slice(row, row + row_step), slice(place, place + place_step)

@@ -1,0 +1,44 @@
+"""What the documents say is true: their examples run, their commands are the ones that CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_examples_in_the_readme_run():
+    """All Python blocks in turn, as a reader would paste them."""
+    pytest.importorskip("torchvision")
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["logits"].grad.abs().sum() > 0
+    assert namespace["pred_boxes"].grad.abs().sum() > 0
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    commands = re.findall(r"^    (pip install -e .*)$", README, flags=re.MULTILINE)
+    assert [command.split("&& ")[1] for command in commands] == [
+        "python -m perf.train",
+        "python -m pytest",
+    ]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_documents_name_exist(document):
+    text = (ROOT / document).read_text()
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    named = re.findall(r"`((?:alrp_triton|reference|tests|perf)/[\w./]+)`", text)
+    modules = [
+        f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (perf\.\w+)", text)
+    ]
+    for path in [*linked, *named, *modules]:
+        assert (ROOT / path).exists(), path
