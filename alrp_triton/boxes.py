@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 KINDS = ("iou", "giou", "diou", "ciou")
 
@@ -14,26 +17,36 @@ NOTHING = 2.0**-100
 
 
 def localisation_errors(
-    pred_boxes: Tensor, target_boxes: Tensor, kind: str = "giou", tau: float = 0.5
+    pred_boxes: Tensor,
+    target_boxes: Tensor,
+    kind: str = "giou",
+    tau: float = 0.5,
+    impl: str = "auto",
 ) -> Tensor:
     """Eloc of each pair of boxes (Sec. 2.2), differentiable by both.
 
         Eloc = (1 - IoU) / (1 - tau)           kind "iou"
-        Eloc = (1 - X) / 2 / (1 - tau)         X = GIoU, DIoU or CIoU, which reach down to -1
+        Eloc = (1 - X) / 2 / (1 - tau)         X = GIoU, DIoU or CIoU
+
+    GIoU and DIoU reach down to -1, CIoU to -1.5, at extreme aspect ratios.
 
     Args:
         pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) in any unit, floating. 16-bit boxes are
             computed in float32.
         target_boxes: (P, 4) their ground truth, same unit.
         kind: "iou", "giou", "diou" or "ciou".
-        tau: the IoU from which a detection counts as true, in [0, 1); 0 keeps IoU errors in [0, 1].
+        tau: the IoU from which a detection counts as true, in [0, 1); 0 keeps errors in [0, 1]
+            (CIoU's in [0, 1.25]).
+        impl: "torch" (any device), "triton" (CUDA or ROCm tensors; one launch forward and one
+            backward, no second derivative), or "auto" to choose by the device; see `set_backend`.
 
     Returns:
-        (P,) errors, float32 (float64 for float64 boxes). Empty or inside-out boxes have area 0 and give
-        finite errors with finite gradients.
+        (P,) errors, float32 (float64 for float64 boxes). Empty or inside-out boxes have area 0, and
+        areas below 2^-100 are none: they give finite errors with finite gradients. NaN stays NaN.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: if impl="triton" cannot run here.
 
     Example:
         >>> pred = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
@@ -42,9 +55,50 @@ def localisation_errors(
         tensor([0.5000])
     """
     _check(pred_boxes, target_boxes, kind, tau)
+    ops.check_backend(impl, "auto")
+    if ops.choose_impl(impl, pred_boxes.device) == "triton":
+        return _TritonErrors.apply(pred_boxes, target_boxes, kind, float(tau))
     overlap = box_overlap(pred_boxes, target_boxes, kind)
     span = 1.0 if kind == "iou" else 2.0
     return (1 - overlap) / (span * (1 - tau))
+
+
+class _TritonErrors(torch.autograd.Function):
+    """The Triton path: an operator for the errors, one for the gradient by either side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pred_boxes: Tensor, target_boxes: Tensor, kind: str, tau: float
+    ) -> Tensor:
+        ctx.save_for_backward(pred_boxes, target_boxes)
+        ctx.settings = (kind, tau)
+        return ops.box_errors(pred_boxes, target_boxes, kind, tau)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        pred, target = ctx.saved_tensors
+        by_pred = by_target = None
+        if ctx.needs_input_grad[0]:
+            by_pred = _TritonGradient.apply(upstream, pred, target, *ctx.settings)
+        if ctx.needs_input_grad[1]:  # an overlap is the same seen from the other box
+            by_target = _TritonGradient.apply(upstream, target, pred, *ctx.settings)
+        return by_pred, by_target, None, None
+
+
+class _TritonGradient(torch.autograd.Function):
+    """Refuses a second derivative, where `once_differentiable` would leave it out in silence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float
+    ) -> Tensor:
+        return ops.box_gradient(upstream, pred, target, kind, tau)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "localisation_errors: impl='triton' has no second derivative, use impl='torch'"
+        )
 
 
 def box_overlap(pred_boxes: Tensor, target_boxes: Tensor, kind: str = "giou") -> Tensor:
@@ -67,7 +121,7 @@ def box_overlap(pred_boxes: Tensor, target_boxes: Tensor, kind: str = "giou") ->
         hull = _area(sides)
         return iou - _divide(hull - union, hull)
 
-    centres = (pred_low + pred_high - target_low - target_high) / 2
+    centres = ((pred_low + pred_high) - (target_low + target_high)) / 2
     diou = iou - _divide(centres.square().sum(1), sides.square().sum(1))
     if kind == "diou":
         return diou
@@ -78,7 +132,8 @@ def box_overlap(pred_boxes: Tensor, target_boxes: Tensor, kind: str = "giou") ->
 
 
 def _area(sides: Tensor) -> Tensor:
-    # Not clamp: its gradient at 0 depends on torch's version. Not prod: its backward waits for the device.
+    # Not clamp: its gradient at 0 changed between versions of torch. Not prod: its backward waits
+    # for the device.
     width, height = torch.where(sides < 0, 0.0, sides).unbind(1)
     return width * height
 

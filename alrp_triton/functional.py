@@ -358,7 +358,7 @@ def _size(
         # Under compilation a size cannot depend on data: room for every anchor, mostly padding.
         return sum(target.numel() for target in targets), False
     pairs = zip(levels, targets, strict=True)
-    return sum(int(is_positive(*pair, ignore_index).sum()) for pair in pairs), True
+    return sum(int(is_positive(*pair, ignore_index).count_nonzero()) for pair in pairs), True
 
 
 def _check_per_positive(name: str, given: Tensor) -> None:

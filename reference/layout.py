@@ -32,9 +32,13 @@ def finite(scores: Tensor) -> Tensor:
 
 def is_positive(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Mask in the shape of `targets`: where a positive stands."""
-    if targets.dim() == logits.dim():
-        return targets == 1
-    return (targets >= 0) & (targets < logits.shape[1]) & (targets != ignore_index)
+    return _means_positive(targets, logits, targets.dim() == logits.dim(), ignore_index)
+
+
+def _means_positive(values: Tensor, logits: Tensor, per_logit: bool, ignore_index: int) -> Tensor:
+    if per_logit:
+        return values == 1
+    return (values >= 0) & (values < logits.shape[1]) & (values != ignore_index)
 
 
 def exclude_non_negatives(mask: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -104,16 +108,18 @@ def locate(
     )
     first_target = first_logit = 0
     for level, target in zip(logits, targets, strict=True):
-        number = target.numel()
-        here = (positives >= first_target) & (positives < first_target + number)
+        number, per_logit = target.numel(), target.dim() == level.dim()
         if number:
-            flat = torch.where(here, positives - first_target, 0)
-            place = _coordinates(level, target, flat)
-            here = here & is_positive(level, target, ignore_index)[_at(target, flat)]
-            row, channel, column = (torch.where(here, p, 0) for p in place)
+            here = (positives >= first_target) & (positives < first_target + number)
+            at = torch.unravel_index(torch.where(here, positives - first_target, 0), target.shape)
+            values = target[at]
+            here &= _means_positive(values, level, per_logit, ignore_index)
+            # Whatever is not here is looked up at the first logit, and dropped.
+            place = at if per_logit else (at[0], torch.where(here, values, 0).long(), at[1])
+            row, channel, column = place
             position = (row * level.shape[1] + channel) * level.shape[2] + column
             index = torch.where(here, first_logit + position, index)
-            scores = torch.where(here, finite(level[row, channel, column]), scores)
+            scores = torch.where(here, finite(level[place]), scores)
         first_target += number
         first_logit += level.numel()
     _require(
@@ -132,38 +138,31 @@ def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> 
         first += out.numel()
 
 
-def _at(target: Tensor, flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.unravel_index(flat, target.shape)
-
-
-def _coordinates(logits: Tensor, target: Tensor, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, class, place) of the logits that belong to positions in the flattened targets."""
-    at = _at(target, flat)
-    if target.dim() == logits.dim():
-        return at
-    return at[0], target[at].long().clamp(0, logits.shape[1] - 1), at[1]
-
-
 def _search(
     logits: Sequence[Tensor], targets: Sequence[Tensor], size: int, exact: bool, ignore_index: int
 ) -> Tensor:
-    """Positions of the positives in the flattened targets, padded with -1 to `size`.
-
-    Without a search that would have to tell the host how many there are: each positive is sent to
-    the slot of its running number, everything else to a slot behind the end that is cut off.
-    """
-    mask = torch.cat(
-        [
-            is_positive(level, target, ignore_index).reshape(-1)
-            for level, target in zip(logits, targets, strict=True)
-        ]
-    )
-    number = mask.sum()
+    """Positions of the positives in the flattened targets, padded with -1 to `size`."""
+    masks = [
+        is_positive(level, target, ignore_index).reshape(-1)
+        for level, target in zip(logits, targets, strict=True)
+    ]
+    number = torch.stack([mask.count_nonzero() for mask in masks]).sum()
     fits = number == size if exact else number <= size
     _require(fits, f"loc_errors, values: {size} given, but targets has another number of positives")
-    slot = torch.where(mask, mask.cumsum(0) - 1, size).clamp(max=size)
-    found = torch.full((size + 1,), -1, dtype=torch.int64, device=mask.device)
-    found.scatter_(0, slot, torch.arange(mask.numel(), device=mask.device))
+    found = torch.full((size + 1,), -1, dtype=torch.int64, device=number.device)
+    first = before = 0
+    for mask in masks:
+        if mask.device.type == "cpu":
+            places = mask.nonzero()[:, 0]
+            found[before : before + places.numel()] = first + places
+            before += places.numel()
+        else:
+            # Without asking the device how many there are: each goes to the slot of its running
+            # number, everything else to a slot behind the end.
+            slot = torch.where(mask, before + mask.cumsum(0) - 1, size).clamp(max=size)
+            found.scatter_(0, slot, torch.arange(first, first + mask.numel(), device=mask.device))
+            before = before + mask.count_nonzero()
+        first += mask.numel()
     return found[:size]
 
 
