@@ -111,7 +111,7 @@ def locate(
         number, per_logit = target.numel(), target.dim() == level.dim()
         if number:
             here = (positives >= first_target) & (positives < first_target + number)
-            at = torch.unravel_index(torch.where(here, positives - first_target, 0), target.shape)
+            at = unravel(torch.where(here, positives - first_target, 0), target.shape)
             values = target[at]
             here &= _means_positive(values, level, per_logit, ignore_index)
             # Whatever is not here is looked up at the first logit, and dropped.
@@ -129,12 +129,21 @@ def locate(
     return index, scores
 
 
+def unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Coordinates of flat positions. torch.unravel_index copies the shape to the device first."""
+    coordinates = []
+    for size in reversed(shape):
+        coordinates.append(flat % size)
+        flat = flat // size
+    return tuple(reversed(coordinates))
+
+
 def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> None:
     """Writes own (P,) into the levels' gradients at the positions `index` (P,), in place."""
     first = 0
     for out in gradients:
         here = (index >= first) & (index < first + out.numel())
-        out[torch.unravel_index(index[here] - first, out.shape)] = own[here].to(out.dtype)
+        out[unravel(index[here] - first, out.shape)] = own[here].to(out.dtype)
         first += out.numel()
 
 

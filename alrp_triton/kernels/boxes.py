@@ -1,0 +1,309 @@
+"""Localisation errors of P pairs of boxes, and their gradient by one side: one launch for each.
+
+Mirrors `alrp_triton.boxes`, the specification. `_overlap` makes X (IoU, GIoU, DIoU or CIoU) of a
+pair, and the derivatives of X by the areas and sides that it is made of. The forward kernel drops
+these, the backward kernel hands them on to the corners. X is symmetric in the two boxes, so the
+gradient by the target boxes is the gradient of the swapped call.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # pairs in a program: P is small, so they spread over many processors
+WARPS = 1  # on AMD a pair for each thread, on NVIDIA two
+
+NOTHING = tl.constexpr(2.0**-100)  # an area below this is none, see `alrp_triton.boxes.NOTHING`
+PI = tl.constexpr(math.pi)
+TAN_EIGHTH = tl.constexpr(math.tan(math.pi / 8))
+
+# P, tau, the strides and where a view begins differ from call to call: none makes a new variant.
+_VARYING = [
+    *("pred", "target", "out", "num_pairs"),
+    *("pred_row", "pred_column", "target_row", "target_column", "span"),
+]
+
+
+def errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
+    """Eloc of each pair: (P, 4) and (P, 4), any float dtypes and strides, to (P,)."""
+    out = pred.new_empty(pred.shape[:1], dtype=_compute_dtype(pred, target))
+    _launch(_errors_kernel, pred, target, out, kind, tau)
+    return out
+
+
+def gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
+    """The gradient by `pred`, (P, 4), from that by the errors, (P,) of any stride (0 too)."""
+    out = pred.new_empty(pred.shape)
+    upstream_too = {"upstream": upstream, "upstream_stride": upstream.stride(0)}
+    _launch(_gradient_kernel, pred, target, out, kind, tau, **upstream_too)
+    return out
+
+
+def _compute_dtype(pred: Tensor, target: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (pred.dtype, target.dtype) else torch.float32
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    pred: Tensor,
+    target: Tensor,
+    out: Tensor,
+    kind: str,
+    tau: float,
+    **upstream: Tensor | int,
+) -> None:
+    num_pairs = pred.shape[0]
+    if num_pairs == 0:
+        return
+    double = _compute_dtype(pred, target) == torch.float64
+    with torch.cuda.device_of(pred):
+        kernel[(triton.cdiv(num_pairs, BLOCK),)](
+            pred=pred,
+            target=target,
+            out=out,
+            **upstream,
+            num_pairs=num_pairs,
+            pred_row=pred.stride(0),
+            pred_column=pred.stride(1),
+            target_row=target.stride(0),
+            target_column=target.stride(1),
+            span=(1.0 if kind == "iou" else 2.0) * (1.0 - tau),
+            KIND=kind,
+            COMPUTE=tl.float64 if double else tl.float32,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            # Products are rounded as torch rounds them: two equal boxes then have IoU 1, exactly.
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _errors_kernel(
+    pred,  # (P, 4)
+    target,  # (P, 4)
+    out,  # (P,)
+    num_pairs,
+    pred_row,  # strides
+    pred_column,
+    target_row,
+    target_column,
+    span: tl.float64,  # of X between Eloc 0 and 1
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < num_pairs
+    pred_low, pred_high = _load(pred, pair, inside, pred_row, pred_column, COMPUTE)
+    target_low, target_high = _load(target, pair, inside, target_row, target_column, COMPUTE)
+    overlap, _, _, _, _, _ = _overlap(pred_low, pred_high, target_low, target_high, KIND)
+    tl.store(out + pair, _quotient(1 - overlap, tl.full([], span, COMPUTE)), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "upstream", "upstream_stride"])
+def _gradient_kernel(
+    pred,  # (P, 4)
+    target,  # (P, 4)
+    out,  # (P, 4), contiguous
+    upstream,  # (P,)
+    num_pairs,
+    pred_row,  # strides
+    pred_column,
+    target_row,
+    target_column,
+    upstream_stride,
+    span: tl.float64,  # of X between Eloc 0 and 1
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < num_pairs
+    pred_low, pred_high = _load(pred, pair, inside, pred_row, pred_column, COMPUTE)
+    target_low, target_high = _load(target, pair, inside, target_row, target_column, COMPUTE)
+    _, by_inter, by_area, by_hull, by_centre, by_size = _overlap(
+        pred_low, pred_high, target_low, target_high, KIND
+    )
+
+    # From sides to corners: a side is high - low, and max and min share a gradient between equals.
+    inter = tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low)
+    by_inter = tl.where(inter < 0, 0.0, _both(by_inter) * _other(_clamp(inter)))
+    size = pred_high - pred_low
+    by_size += tl.where(size < 0, 0.0, _both(by_area) * _other(_clamp(size)))
+    by_low = by_centre - by_size - by_inter * _share(pred_low, target_low)
+    by_high = by_centre + by_size + by_inter * _share(target_high, pred_high)
+    if KIND != "iou":
+        low, high = _ordered(pred_low, pred_high)
+        other_low, other_high = _ordered(target_low, target_high)
+        hull_low = -by_hull * _share(other_low, low)
+        hull_high = by_hull * _share(high, other_high)
+        by_low += tl.where(size < 0, hull_high, hull_low)
+        by_high += tl.where(size < 0, hull_low, hull_high)
+
+    scale = tl.load(upstream + pair * upstream_stride, mask=inside, other=0.0).to(COMPUTE)
+    scale = -_quotient(scale, tl.full([], span, COMPUTE))
+    _store(by_low * _both(scale), out + pair * 4, inside)
+    _store(by_high * _both(scale), out + pair * 4 + 2, inside)
+
+
+@triton.jit
+def _load(boxes, pair, inside, row, column, COMPUTE: tl.constexpr):
+    """The corners (x1, y1) and (x2, y2), each (BLOCK, 2).
+
+    Joined, so that a thread holds x and y of its pair, and nothing is exchanged between threads.
+    """
+    x1 = boxes + pair * row
+    y1 = x1 + column
+    x2 = y1 + column
+    y2 = x2 + column
+    low = tl.join(tl.load(x1, mask=inside, other=0.0), tl.load(y1, mask=inside, other=0.0))
+    high = tl.join(tl.load(x2, mask=inside, other=0.0), tl.load(y2, mask=inside, other=0.0))
+    return low.to(COMPUTE), high.to(COMPUTE)
+
+
+@triton.jit
+def _store(corner, out, inside):
+    if out.dtype.element_ty == tl.bfloat16:  # the interpreter has no way there from float64
+        corner = corner.to(tl.float32)
+    x, y = tl.split(corner)
+    tl.store(out, x, mask=inside)
+    tl.store(out + 1, y, mask=inside)
+
+
+@triton.jit
+def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
+    """X of each pair, and its derivatives.
+
+    By the areas of the intersection and of pred, (BLOCK,); by the sides of the hull, by either
+    corner through the distance of the centres, and by the sides of pred through their ratio,
+    (BLOCK, 2). The union and the hull are worked into these.
+    """
+    inter = _area(tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low))
+    union = _area(pred_high - pred_low) + _area(target_high - target_low) - inter
+    iou = _divide(inter, union)
+    per_union = _divide(1.0, union)
+    by_inter, by_area = (1 + iou) * per_union, -iou * per_union
+    overlap = iou
+    by_hull = tl.zeros_like(pred_low)
+    by_centre = tl.zeros_like(pred_low)
+    by_size = tl.zeros_like(pred_low)
+    if KIND != "iou":
+        low, high = _ordered(pred_low, pred_high)
+        other_low, other_high = _ordered(target_low, target_high)
+        sides = tl.maximum(high, other_high) - tl.minimum(low, other_low)
+        if KIND == "giou":
+            hull = _area(sides)
+            overlap -= _divide(hull - union, hull)
+            per_hull = _divide(1.0, hull)
+            by_inter -= per_hull
+            by_area += per_hull
+            by_hull = -_both(_divide(union, hull) * per_hull) * _other(sides)
+        else:
+            centres = ((pred_low + pred_high) - (target_low + target_high)) / 2
+            diagonal = _sum(sides * sides)
+            distance = _divide(_sum(centres * centres), diagonal)
+            overlap -= distance
+            per_diagonal = _both(_divide(1.0, diagonal))
+            by_hull = 2 * _both(distance) * per_diagonal * sides
+            by_centre = -per_diagonal * centres
+    if KIND == "ciou":
+        size, empty = _sides(pred_low, pred_high)
+        other_size, _ = _sides(target_low, target_high)
+        turn = _angle(other_size) - _angle(size)
+        shape = 4 / (PI * PI) * turn * turn
+        alpha = _divide(shape, _clamp(1 - iou) + shape)
+        overlap -= alpha * shape
+        width, height = tl.split(size)
+        slope = alpha * (8 / (PI * PI)) * turn / (width * width + height * height)
+        by_size = tl.where(_both(empty), 0.0, tl.join(slope * height, -slope * width))
+    return overlap, by_inter, by_area, by_hull, by_centre, by_size
+
+
+@triton.jit
+def _both(value):
+    """The same for both axes."""
+    return tl.join(value, value)
+
+
+@triton.jit
+def _clamp(size):
+    """max(size, 0) that keeps NaN."""
+    return tl.where(size < 0, 0.0, size)
+
+
+@triton.jit
+def _area(size):
+    width, height = tl.split(_clamp(size))
+    return width * height
+
+
+@triton.jit
+def _sum(sides):
+    width, height = tl.split(sides)
+    return width + height
+
+
+@triton.jit
+def _other(sides):
+    """The derivative of an area by its sides: each by the other one."""
+    width, height = tl.split(sides)
+    return tl.join(height, width)
+
+
+@triton.jit
+def _quotient(a, b):
+    """a / b to the nearest; plain float32 division is 2 units off, and a / a not always 1."""
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _divide(a, b):
+    """a / b, and 0 where b is next to nothing."""
+    nothing = b < NOTHING
+    return _quotient(tl.where(nothing, 0.0, a), tl.where(nothing, 1.0, b))
+
+
+@triton.jit
+def _ordered(low, high):
+    """The corners of a box, swapped along the axes where it is inside-out."""
+    inside_out = high < low
+    return tl.where(inside_out, high, low), tl.where(inside_out, low, high)
+
+
+@triton.jit
+def _share(a, b):
+    """The derivative of max(a, b), and -a of min(-a, -b), by a: half where they are equal."""
+    return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0)).to(a.dtype)
+
+
+@triton.jit
+def _sides(low, high):
+    """Width and height of a box, 0 and 1 where it is empty, and where that is."""
+    empty = _area(high - low) < NOTHING
+    width, height = tl.split(high - low)
+    return tl.join(tl.where(empty, 0.0, width), tl.where(empty, 1.0, height)), empty
+
+
+@triton.jit
+def _angle(size):
+    """arctan(width / height), for positive heights.
+
+    Reduced to |t| <= tan(pi / 8), where the first left-out term of the Taylor series is
+    t^(2 TERMS) / (2 TERMS + 1): 1e-9 and 6e-19. (The interpreter has no atan2.)
+    """
+    width, height = tl.split(size)
+    TERMS: tl.constexpr = 22 if size.dtype == tl.float64 else 10
+    short, long = tl.minimum(width, height), tl.maximum(width, height)
+    steep = short > long * TAN_EIGHTH  # arctan(r) = pi / 4 + arctan((r - 1) / (r + 1))
+    t = _quotient(tl.where(steep, short - long, short), tl.where(steep, short + long, long))
+    series = tl.zeros_like(t)
+    for term in tl.static_range(TERMS):
+        series = 1 / (2 * (TERMS - term) - 1) - series * t * t
+    angle = series * t
+    angle = tl.where(steep, PI / 4 + angle, angle)
+    return tl.where(width > height, PI / 2 - angle, angle)

@@ -1,0 +1,754 @@
+"""Every positive with every logit: `reference/pairwise.py` in Triton, name by name.
+
+Notation: positives i, k with scores s_i; negatives j; x_ij = s_j - s_i; H the step of half-width
+delta (Sec. 2.1). A program is one warp. It cuts its logits into tiles [rows, lanes] and evaluates H
+once for each pair of a logit of the tile and a positive of a block, in registers.
+
+Two ways to the same H. The difference first,
+
+    H = clamp((s_j - s_i) scale + 1/2, 0, 1),       scale = 1 / (2 delta),
+
+is as good as float32 allows, at three instructions a pair with the sum. The other,
+
+    H = clamp(s_j scale + (1/2 - s_i scale), 0, 1),
+
+takes two, and rounds 1/2 - s_i scale: an error of half a unit in the last place of that number. A
+block of positives takes it where |s_i| scale <= FAST_RANGE in the whole block, so that the error
+stays below 2.4e-7, and the difference elsewhere (small delta, large scores; float64 always).
+
+Sums run in float32 over a bounded number of terms, then in float64, always in the same order:
+results repeat bit by bit, whatever the number of programs. Nothing waits for the device: how many
+positives are not padding, and how the logits are shared out, is read there.
+"""
+
+import inspect
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import Tiles, tiles_for
+
+# What an infinite score is ranked as, as in `reference.layout`.
+LARGEST = tl.constexpr(2.0**125)
+
+# How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
+FAST_RANGE = tl.constexpr(4.0)
+
+# Positives of a program that sums their ranks, and of one that writes their own gradient.
+_RANKED = 8
+_WRITTEN = 256
+
+# What a block of positives is: how its row of the table is to be read.
+_FAST = tl.constexpr(0)  # 1/2 - s_i scale
+_EXACT = tl.constexpr(1)  # s_i
+_FEW = tl.constexpr(2)  # s_i, and no positive behind the first `FEW` places
+
+
+def _jit(kernel: Callable) -> Any:
+    """triton.jit that specialises on no number's value and on no pointer's alignment.
+
+    P, N and what follows from them change at every call and must never make another variant.
+    """
+    arguments = [
+        parameter.name
+        for parameter in inspect.signature(kernel).parameters.values()
+        if parameter.annotation is not tl.constexpr
+    ]
+    return triton.jit(kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
+
+
+@triton.jit
+def _real(bits, dtype: tl.constexpr):
+    """A number from the bits of its float64, since a float argument may arrive as float32."""
+    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def _finite(scores):
+    """-inf and +inf replaced by -LARGEST and LARGEST. NaN stays."""
+    scores = tl.maximum(scores, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(scores, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
+    """H(x) of logits and a row of the table (see `_prepare_kernel`), broadcast together. No NaN."""
+    if HARD:
+        return tl.where(scores >= shift, 1.0, 0.0).to(scores.dtype)
+    h = tl.fma(scores, scale, shift) if FAST else tl.fma(scores - shift, scale, 0.5)
+    return tl.minimum(tl.maximum(h, 0.0), 1.0)
+
+
+@triton.jit
+def _divide(number, divisor, magic):
+    """number // divisor and the remainder, for 0 <= number < 2^31; `magic` is of `_magic`."""
+    factor = tl.cast(tl.cast(magic, tl.int64) & 0xFFFFFFFF, tl.uint32)
+    shift = tl.cast(tl.cast(magic, tl.int64) >> 32, tl.uint32)
+    quotient = (tl.umulhi(number, factor) + number) >> shift
+    return quotient, number - quotient * tl.cast(divisor, tl.uint32)
+
+
+@triton.jit
+def _origin(start, middle, inner):
+    """Where a share of a level begins: (outer, middle, inner) of its logit `start`."""
+    inner = tl.cast(inner, tl.int64)
+    row = tl.cast(middle, tl.int64) * inner
+    outer = start // row
+    rest = start - outer * row
+    return outer, (rest // inner).to(tl.int32), (rest % inner).to(tl.int32)
+
+
+@triton.jit
+def _offset(places, outer, middle, inner, WIDE: tl.constexpr):
+    """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
+    o, m, i = places
+    if WIDE > 0:
+        o = o.to(tl.int64)
+    if WIDE > 1:
+        m, i = m.to(tl.int64), i.to(tl.int64)
+    return o * outer + (m * middle + i * inner)
+
+
+@triton.jit
+def _read(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """The logits `local` places behind the origin of a level.
+
+    Returns them upcast and finite but for NaN; which of them are negatives; their places, (outer,
+    middle, inner), of which outer counts from the origin.
+    """
+    logits, targets, strides, sizes, origin, ignore_index = level
+    middle, inner, middle_magic, inner_magic = sizes
+
+    # 1. Where they stand, without a division.
+    row, i = _divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
+    o, m = _divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
+    places = (o.to(tl.int32), m.to(tl.int32), i.to(tl.int32))
+    logits, targets = logits + origin[0] * strides[0], targets + origin[0] * strides[3]
+    scores = tl.load(logits + _offset(places, strides[0], strides[1], strides[2], WIDE))
+    target = tl.load(targets + _offset(places, strides[3], strides[4], strides[5], WIDE))
+
+    # 2. Negative is 0 among targets per logit, another class that is not ignored among indices.
+    if CLASS_AXIS == -1:
+        negative = target == 0
+    else:
+        if target.dtype.primitive_bitwidth < 32:
+            target = target.to(tl.int32)
+        channel = places[CLASS_AXIS]
+        if CLASS_AXIS == 0:
+            channel = origin[0] + channel
+        negative = (target != channel) & (target != ignore_index)
+    return _finite(scores.to(dtype)), negative, places
+
+
+@triton.jit
+def _shares(last, programs, least_splits, most_splits, BLOCK: tl.constexpr):
+    """How the count's work is cut: blocks of positives, and shares of each level's logits."""
+    blocks = tl.cdiv(tl.load(last), BLOCK)
+    splits = tl.minimum(programs // tl.maximum(blocks, 1), most_splits)
+    return blocks, tl.maximum(splits, least_splits)
+
+
+@_jit
+def _prepare_kernel(
+    scores,  # (P,) finite, or NaN; -inf for padding
+    weights,  # (P,) float64, or None
+    table,  # (4, padded): what the pair loop reads of a positive; weights; of a block lowest, mode
+    last,  # (1,) int32, 0: becomes 1 + the last place that is not padding
+    positives,
+    padded: tl.int64,
+    scale_bits: tl.int64,
+    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+    HARD: tl.constexpr,
+):
+    """Decides how a block of positives is evaluated."""
+    block = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    i = tl.cast(block, tl.int64) * BLOCK + place
+    s = tl.load(scores + i, mask=i < positives, other=float("-inf"))
+    valid = s != float("-inf")
+    scale = _real(scale_bits, s.dtype)
+
+    # 1. Two instructions a pair, or three.
+    reach = tl.max(tl.where(valid, tl.abs(s), 0.0), 0) * scale
+    mode = tl.where((reach <= FAST_RANGE) & (not HARD) & (s.dtype == tl.float32), _FAST, _EXACT)
+    mode = tl.where(tl.max((valid & (place >= FEW)).to(tl.int32), 0) > 0, mode, _FEW)
+    shift = tl.where(mode == _FAST, (0.5 - s.to(tl.float64) * scale.to(tl.float64)).to(s.dtype), s)
+    # Padding has H = 0 with every logit.
+    nothing = tl.where(mode == _FAST, float("-inf"), float("inf"))
+    tl.store(table + i, tl.where(valid, shift, nothing))
+
+    # 2. The lowest score: a logit more than delta below it means nothing to the block. But a weight
+    # or a score that is not finite reaches every logit.
+    lowest = tl.min(tl.where(valid, s, float("inf")), 0)
+    if weights is not None:
+        w = tl.load(weights + i, mask=i < positives, other=0.0)
+        w = tl.where(s == s, w, float("nan"))
+        lowest = tl.where(tl.max((w - w != 0.0).to(tl.int32), 0) > 0, float("-inf"), lowest)
+        tl.store(table + padded + i, w.to(s.dtype))
+    tl.store(table + 2 * padded + block, lowest)
+    tl.store(table + 3 * padded + block, mode.to(s.dtype))
+    tl.atomic_max(last, tl.max(tl.where(valid, i + 1, 0), 0).to(tl.int32), sem="relaxed")
+
+
+@triton.jit
+def _count_tiles(
+    level,
+    share,
+    block,
+    partials,
+    FAST: tl.constexpr,
+    NUMBER: tl.constexpr,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Adds the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
+    tiles, end = share
+    shift, lowest, scale, delta = block
+    p = tl.arange(0, NUMBER)
+    s = tl.load(shift + p)
+    lane = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    nfp = tl.zeros((NUMBER,), tl.float64)
+    seen = tl.full((LANES,), float("-inf"), s.dtype)
+    for chunk in range(0, tiles, FOLD):
+        short = tl.zeros((NUMBER, LANES), s.dtype)
+        for t in range(chunk, tl.minimum(chunk + FOLD, tiles)):
+            # 1. A tile of logits. Whatever is no negative becomes -inf, for which H is 0.
+            local = t * (ROWS * LANES) + lane
+            v, negative, _ = _read(level, tl.minimum(local, end - 1), s.dtype, CLASS_AXIS, WIDE)
+            v = tl.where(negative & (local < end), v, float("-inf"))
+
+            # 2. A NaN stays in `seen`, since the clamp of H would lose it.
+            highest = tl.reduce(v, 0, _nan_maximum)
+            seen = _nan_maximum(seen, highest)
+
+            # 3. NFP(i) = sum_j H(x_ij), Eq. 3, if there is any x_ij >= -delta at all.
+            if tl.max((highest - lowest >= -delta).to(tl.int32), 0) > 0:
+                h = _step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
+                short += tl.sum(h, 0)
+        nfp += tl.sum(short, 1).to(tl.float64)
+    nfp = tl.where(tl.max((seen != seen).to(tl.int32), 0) > 0, float("nan"), nfp)
+    tl.store(partials + p, tl.load(partials + p) + nfp)
+
+
+@triton.jit
+def _count_block(
+    level,
+    share,
+    block,
+    mode,
+    out,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """`_count_tiles` by the way that `_prepare_kernel` chose for the block."""
+    if mode == _FEW:
+        _count_tiles(
+            level, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
+        )
+    elif mode == _EXACT:
+        if BLOCK > FEW:
+            _count_tiles(
+                level, share, block, out, False, BLOCK, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
+            )
+    elif not HARD and block[1].dtype == tl.float32:
+        _count_tiles(
+            level, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
+        )
+
+
+@_jit
+def _count_kernel(
+    logits,  # (outer, middle, inner), one level
+    targets,  # the same shape; stride 0 along the classes if they are class indices
+    table,  # (4, padded), of `_prepare_kernel`
+    last,  # (1,)
+    partials,  # (items, BLOCK) float64, NFP of a block in a share of the logits; is added to
+    padded: tl.int64,
+    programs,
+    least_splits,
+    most_splits,
+    size: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    logits_0,
+    logits_1,
+    logits_2,
+    targets_0,
+    targets_1,
+    targets_2,
+    ignore_index,
+    delta_bits: tl.int64,
+    scale_bits: tl.int64,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """NFP(i) of each block of positives in each share of one level's logits."""
+    dtype: tl.constexpr = table.dtype.element_ty
+    scale, delta = _real(scale_bits, dtype), _real(delta_bits, dtype)
+    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
+    sizes = (middle, inner, middle_magic, inner_magic)
+    blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
+    most = tl.cdiv(tl.cdiv(size, ROWS * LANES), splits)  # tiles of a share
+    for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
+        # 1. A share of the logits. The blocks take turns at it, and so find it in the cache.
+        start = tl.cast(item // blocks, tl.int64) * most * (ROWS * LANES)
+        end = tl.minimum(size - start, most * (ROWS * LANES)).to(tl.int32)
+        share = (tl.cdiv(end, ROWS * LANES), end)
+        origin = _origin(start, middle, inner)
+        level = (logits, targets, strides, sizes, origin, ignore_index)
+
+        # 2. A block of positives.
+        this = tl.cast(item % blocks, tl.int64)
+        lowest = tl.load(table + 2 * padded + this)
+        mode = tl.load(table + 3 * padded + this)
+        block = (table + this * BLOCK, lowest, scale, delta)
+        out = partials + tl.cast(item, tl.int64) * BLOCK
+        _count_block(
+            level, share, block, mode, out, CLASS_AXIS, HARD, WIDE, BLOCK, FEW, ROWS, LANES, FOLD
+        )
+
+
+@_jit
+def _rank_kernel(
+    scores,  # (P,), as in `_prepare_kernel`
+    values,  # (P,) float64
+    last,  # (1,)
+    partials,  # (items, BLOCK) float64, summed over all levels
+    nfp,  # (P,) float64, out; so are the next two
+    rank_positive,
+    value_sum,
+    positives,
+    programs,
+    least_splits,
+    most_splits,
+    scale_bits: tl.int64,
+    HARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUMBER: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """rank+(i) and S(i) of `NUMBER` positives, and their NFP(i) from its shares."""
+    i = tl.cast(tl.program_id(0), tl.int64) * NUMBER + tl.arange(0, NUMBER)
+    s_i = tl.load(scores + i, mask=i < positives, other=float("-inf"))
+    valid = s_i != float("-inf")
+    s_i = tl.where(valid, s_i, float("inf"))
+    scale = _real(scale_bits, s_i.dtype)
+    lane = tl.arange(0, LANES)
+
+    # 1. rank+(i) = 1 + sum_{k != i} H(x_ik), Eq. 3; S(i) = sum_{k != i} values(k) H(x_ik), Eq. 10.
+    rank = tl.zeros((NUMBER, LANES), tl.float64)
+    total = tl.zeros((NUMBER, LANES), tl.float64)
+    poison = tl.zeros((LANES,), tl.int32)
+    behind = tl.load(last)
+    for first in range(0, behind, LANES):
+        k = tl.cast(first, tl.int64) + lane
+        s_k = tl.load(scores + k, mask=k < behind, other=float("-inf"))
+        value = tl.load(values + k, mask=(k < behind) & (s_k != float("-inf")), other=0.0)
+        poison |= (s_k != s_k).to(tl.int32)
+        h = _step(s_k[None, :], s_i[:, None], scale, False, HARD).to(tl.float64)
+        h = tl.where(k[None, :] == i[:, None], 0.0, h)
+        rank += h
+        total += h * value[None, :]
+
+    # 2. NFP(i): the shares in their order.
+    blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
+    counted = tl.zeros((NUMBER, LANES), tl.float64)
+    for first in range(0, splits, LANES):
+        item = tl.cast(first + lane, tl.int64)[None, :] * blocks + (i // BLOCK)[:, None]
+        mask = (first + lane < splits)[None, :] & (i < behind)[:, None]
+        counted += tl.load(partials + item * BLOCK + (i % BLOCK)[:, None], mask=mask, other=0.0)
+
+    # 3. A NaN score leaves no number standing; padding has none.
+    nan = tl.where(tl.max(poison, 0) > 0, float("nan"), 0.0)
+    mask = i < positives
+    tl.store(nfp + i, tl.where(valid, tl.sum(counted, 1) + nan, 0.0), mask=mask)
+    tl.store(rank_positive + i, tl.where(valid, 1 + tl.sum(rank, 1) + nan, 1.0), mask=mask)
+    tl.store(value_sum + i, tl.where(valid, tl.sum(total, 1) + nan, 0.0), mask=mask)
+
+
+@triton.jit
+def _add_block(
+    v,
+    shift,
+    padded,
+    number,
+    scale,
+    total,
+    FAST: tl.constexpr,
+    HARD: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """total (ROWS, LANES) + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
+    for first in range(0, number, FOLD):
+        short = tl.zeros(v.shape, v.dtype)
+        for p in tl.static_range(FOLD):
+            s, w = tl.load(shift + first + p), tl.load(shift + padded + first + p)
+            short = tl.fma(_step(v, s, scale, FAST, HARD), w, short)
+        total += short.to(tl.float64)
+    return total
+
+
+@_jit
+def _gradient_kernel(
+    logits,  # (outer, middle, inner), one level
+    targets,  # the same shape; stride 0 along the classes if they are class indices
+    table,  # (4, padded), of `_prepare_kernel`
+    last,  # (1,)
+    out,  # like logits
+    padded: tl.int64,
+    size: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    logits_0,
+    logits_1,
+    logits_2,
+    targets_0,
+    targets_1,
+    targets_2,
+    out_0,
+    out_1,
+    out_2,
+    ignore_index,
+    delta_bits: tl.int64,
+    scale_bits: tl.int64,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """One tile of one level: dL/ds_j = sum_i weights(i) H(x_ij) at negatives (Eq. 5), else 0."""
+    dtype: tl.constexpr = table.dtype.element_ty
+    scale, delta = _real(scale_bits, dtype), _real(delta_bits, dtype)
+    start = tl.cast(tl.program_id(0), tl.int64) * (ROWS * LANES)
+    origin = _origin(start, middle, inner)
+
+    # 1. The tile. A NaN goes straight into the sum, since the clamp of H would lose it.
+    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
+    sizes = (middle, inner, middle_magic, inner_magic)
+    level = (logits, targets, strides, sizes, origin, ignore_index)
+    end = tl.minimum(size - start, ROWS * LANES).to(tl.int32)
+    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    inside = local < end
+    v, negative, places = _read(level, tl.minimum(local, end - 1), dtype, CLASS_AXIS, WIDE)
+    behind = tl.load(last)
+    total = tl.where(negative & (v != v) & (behind > 0), float("nan"), 0.0).to(tl.float64)
+    v = tl.where(negative & inside & (v == v), v, float("-inf"))
+    highest = tl.max(tl.max(v, 0), 0)
+
+    # 2. Block by block of positives, those that all lie above by more than delta left out.
+    for first in range(0, behind, BLOCK):
+        shift = table + first
+        lowest = tl.load(table + 2 * padded + first // BLOCK)
+        mode = tl.load(table + 3 * padded + first // BLOCK)
+        number = tl.minimum(behind - first, BLOCK)
+        if highest - lowest >= -delta:
+            if (not HARD and dtype == tl.float32) and mode == _FAST:
+                total = _add_block(v, shift, padded, number, scale, total, True, HARD, FOLD)
+            else:
+                total = _add_block(v, shift, padded, number, scale, total, False, HARD, FOLD)
+
+    # 3. Rounded once; by way of float32, as torch rounds to 16 bits.
+    total = tl.where(negative, total, 0.0)
+    at = out + origin[0] * out_0 + _offset(places, out_0, out_1, out_2, WIDE)
+    tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _own_kernel(
+    index,  # (P,) int64
+    own,  # (P,) float64
+    out,  # (batch, classes, places), one level
+    positives,
+    first: tl.int64,
+    size: tl.int64,
+    classes: tl.int64,
+    places: tl.int64,
+    out_0: tl.int64,
+    out_1: tl.int64,
+    out_2: tl.int64,
+    LANES: tl.constexpr,
+):
+    """Writes own(i) where the positive i stands, if that is in the level that begins at `first`."""
+    i = tl.cast(tl.program_id(0), tl.int64) * LANES + tl.arange(0, LANES)
+    place = tl.load(index + i, mask=i < positives, other=-1) - first
+    mask = (place >= 0) & (place < size)
+    row = place // places
+    at = (row // classes) * out_0 + (row % classes) * out_1 + (place % places) * out_2
+    value = tl.load(own + i, mask=mask)
+    if out.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+class _Level(NamedTuple):
+    """A level's axes in the order of its memory: (outer, middle, inner)."""
+
+    class_axis: int  # which of them is the class; -1 for targets per logit
+    sizes: dict[str, int]
+    strides: dict[str, int]
+    wide: int  # offsets pass 2^31 along no axis (0), along the outer one (1), along more (2)
+
+
+def _magic(divisor: int) -> int:
+    """What `_divide` divides by: (shift << 32) + factor, after Granlund and Montgomery (1994)."""
+    shift = (divisor - 1).bit_length()
+    return (shift << 32) + (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1)
+
+
+def _lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> _Level:
+    """Chooses the order in which a level is read: along its fastest axis."""
+    long = [axis for axis in range(3) if logits.shape[axis] > 1]
+    fastest = min(long, key=logits.stride, default=2)
+    axes = sorted(range(3), key=lambda axis: (axis == fastest, axis))
+    if [axis for axis in axes if axis in long] == long:
+        axes = [0, 1, 2]  # axes of length 1 make no difference, and no other variant of a kernel
+    if max(logits.shape[axis] for axis in axes[1:]) >= 1 << 30:  # only the outer one may be as long
+        axes = sorted(range(3), key=lambda axis: -logits.shape[axis])
+    per_logit = targets.dim() == logits.dim()
+    if not per_logit:
+        targets = targets[:, None, :].expand(logits.shape)
+    tensors = {"logits": logits, "targets": targets} | ({} if out is None else {"out": out})
+    middle, inner = (logits.shape[axis] for axis in axes[1:])
+    assert max(middle, inner) < 1 << 30, "a level's inner two axes must be shorter than 2^30"
+    return _Level(
+        -1 if per_logit else axes.index(1),
+        {
+            "size": logits.numel(),
+            "middle": middle,
+            "inner": inner,
+            "middle_magic": _magic(middle),
+            "inner_magic": _magic(inner),
+        },
+        {
+            f"{name}_{place}": tensor.stride(axis)
+            for name, tensor in tensors.items()
+            for place, axis in enumerate(axes)
+        },
+        max(
+            2 if _span(tensor, axes[1:]) >= 1 << 31 else _span(tensor, axes) >= 1 << 31
+            for tensor in tensors.values()
+        ),
+    )
+
+
+def _span(tensor: Tensor, axes: Sequence[int]) -> int:
+    """How far apart two elements may stand along some axes."""
+    return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
+
+
+def _bits(number: float) -> int:
+    """A float64 as the integer of the same bits, see `_real`."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+class _Prepared(NamedTuple):
+    table: Tensor  # (4, padded), see `_prepare_kernel`
+    last: Tensor  # (1,) int32
+    tiles: Tiles
+    common: dict[str, Any]  # arguments that every kernel takes
+
+
+def _prepare(
+    scores: Tensor, weights: Tensor | None, delta: float, tiles: Tiles | None
+) -> _Prepared:
+    tiles = tiles or tiles_for(scores.device)
+    if scores.dtype == torch.float64:  # no more than registers hold
+        block, few = min(tiles.block, 16), min(tiles.few, 16)
+        tiles = tiles._replace(block=block, few=few, count_rows=1, gradient_rows=1)
+    blocks = triton.cdiv(scores.numel(), tiles.block)
+    table = scores.new_empty((4, blocks * tiles.block))
+    last = torch.zeros(1, dtype=torch.int32, device=scores.device)
+    common = {
+        "scale_bits": _bits(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
+        "HARD": delta == 0,
+        "BLOCK": tiles.block,
+        "num_warps": 1,
+    }
+    _prepare_kernel[(blocks,)](
+        scores=scores.contiguous(),
+        weights=None if weights is None else weights.contiguous(),
+        table=table,
+        last=last,
+        positives=scores.numel(),
+        padded=table.shape[1],
+        FEW=tiles.few,
+        **common,
+    )
+    return _Prepared(table, last, tiles, common)
+
+
+def count(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    values: Tensor,
+    delta: float,
+    ignore_index: int,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NFP(i), rank+(i) and S(i), as `reference.pairwise.count`; scores may hold padding.
+
+    Args:
+        logits, targets, values, delta, ignore_index: as there.
+        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+        tiles: sizes of the kernels, if not those of the device.
+
+    Returns:
+        Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
+        a NaN score everything.
+    """
+    outputs = [torch.empty_like(scores, dtype=torch.float64) for _ in range(3)]
+    positives = scores.numel()
+    if not positives:
+        return tuple(outputs)
+    with torch.cuda.device_of(scores):
+        table, last, tiles, common = _prepare(scores, None, delta, tiles)
+        pairs = [pair for pair in zip(logits, targets, strict=True) if pair[0].numel()]
+        longest = max((level.numel() for level, _ in pairs), default=0)
+        blocks = table.shape[1] // tiles.block
+        shares = {
+            "programs": tiles.programs,
+            "least_splits": triton.cdiv(longest, 1 << 30),  # places in a share are 32-bit
+            "most_splits": triton.cdiv(longest, tiles.count_rows * tiles.lanes),
+        }
+        items = max(tiles.programs, blocks * shares["least_splits"])
+        items = min(items, blocks * shares["most_splits"])
+        partials = torch.zeros((items, tiles.block), dtype=torch.float64, device=scores.device)
+        for level, target in pairs:
+            layout = _lay_out(level, target)
+            _count_kernel[(items,)](
+                logits=level,
+                targets=target,
+                table=table,
+                last=last,
+                partials=partials,
+                padded=table.shape[1],
+                ignore_index=ignore_index,
+                delta_bits=_bits(delta),
+                **shares,
+                **layout.sizes,
+                **layout.strides,
+                CLASS_AXIS=layout.class_axis,
+                WIDE=layout.wide,
+                FEW=tiles.few,
+                ROWS=tiles.count_rows,
+                LANES=tiles.lanes,
+                FOLD=tiles.fold,
+                **common,
+            )
+        _rank_kernel[(triton.cdiv(positives, _RANKED),)](
+            scores=scores.contiguous(),
+            values=values.contiguous(),
+            last=last,
+            partials=partials,
+            nfp=outputs[0],
+            rank_positive=outputs[1],
+            value_sum=outputs[2],
+            positives=positives,
+            **shares,
+            NUMBER=_RANKED,
+            LANES=tiles.lanes,
+            **common,
+        )
+    return tuple(outputs)
+
+
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    delta: float,
+    ignore_index: int,
+    tiles: Tiles | None = None,
+) -> list[Tensor]:
+    """The gradient by every logit, as `reference.pairwise.gradient`; positives may hold padding.
+
+    Args:
+        logits, targets, weights, own, delta, ignore_index: as there.
+        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
+        scores: (P,) finite scores of the positives, -inf for padding.
+        tiles: sizes of the kernels, if not those of the device.
+    """
+    gradients = [torch.empty_like(level) for level in logits]
+    with torch.cuda.device_of(scores):
+        table, last, tiles, common = _prepare(scores, weights, delta, tiles)
+        index, own = index.contiguous(), own.contiguous()
+        first = 0
+        for level, target, out in zip(logits, targets, gradients, strict=True):
+            size = level.numel()
+            if size:
+                layout = _lay_out(level, target, out)
+                rows = tiles.gradient_rows
+                _gradient_kernel[(triton.cdiv(size, rows * tiles.lanes),)](
+                    logits=level,
+                    targets=target,
+                    table=table,
+                    last=last,
+                    out=out,
+                    padded=table.shape[1],
+                    ignore_index=ignore_index,
+                    delta_bits=_bits(delta),
+                    **layout.sizes,
+                    **layout.strides,
+                    CLASS_AXIS=layout.class_axis,
+                    WIDE=layout.wide,
+                    ROWS=rows,
+                    LANES=tiles.lanes,
+                    FOLD=min(tiles.fold, tiles.block),
+                    **common,
+                )
+            if size and index.numel():
+                _own_kernel[(triton.cdiv(index.numel(), _WRITTEN),)](
+                    index=index,
+                    own=own,
+                    out=out,
+                    positives=index.numel(),
+                    first=first,
+                    size=size,
+                    classes=level.shape[1],
+                    places=level.shape[2],
+                    out_0=out.stride(0),
+                    out_1=out.stride(1),
+                    out_2=out.stride(2),
+                    LANES=_WRITTEN,
+                    num_warps=1,
+                )
+            first += size
+    return gradients

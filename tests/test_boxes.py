@@ -1,0 +1,732 @@
+"""Localisation errors of boxes, in torch and in Triton: values, gradients, and every odd box."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import alrp_triton
+from alrp_triton.boxes import KINDS, NOTHING, box_overlap, localisation_errors
+
+HAS_GPU = torch.cuda.is_available()
+ROOT = Path(__file__).parents[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Backend(NamedTuple):
+    """Where and how a test runs."""
+
+    impl: str
+    device: str
+
+
+TORCH = Backend("torch", "cpu")
+TRITON = pytest.param(
+    Backend("triton", "cpu"),
+    id="interpreter",
+    marks=pytest.mark.skipif(HAS_GPU, reason="kernels are compiled here, not interpreted"),
+)
+GPU = pytest.param(Backend("triton", "cuda"), id="gpu", marks=pytest.mark.gpu)
+TORCH_GPU = pytest.param(Backend("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu)
+
+every_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(TORCH, id="torch"), TRITON, GPU, TORCH_GPU]
+)
+kernels_only = pytest.mark.parametrize("backend", [TRITON, GPU])
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """Whatever is allocated and not written shows up as NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def compilation_log(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled") / "log"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request, compilation_log):
+    """`print_compiled` in a process without the interpreter, beside the other tests."""
+    wanted = any("machine_code" in item.fixturenames for item in request.session.items)
+    if not wanted or importlib.util.find_spec("triton") is None:
+        yield None
+        return
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", "import test_boxes; test_boxes.print_compiled()"]
+    with compilation_log.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(autouse=True)
+def large_programs(monkeypatch):
+    """To the interpreter a program of one pair costs as much as one of a thousand."""
+    if not HAS_GPU and importlib.util.find_spec("triton"):
+        monkeypatch.setattr(importlib.import_module("alrp_triton.kernels.boxes"), "BLOCK", 1024)
+
+
+class Result(NamedTuple):
+    """What a call gives: (P,) errors, and the gradients (P, 4) by either side."""
+
+    errors: Tensor
+    by_pred: Tensor
+    by_target: Tensor
+
+
+def evaluate(backend, pred, target, kind="giou", tau=0.5, upstream=None) -> Result:
+    """Errors and both gradients, on the CPU; `upstream` is 1 unless told."""
+    pred = pred.detach().to(backend.device).requires_grad_()
+    target = target.detach().to(backend.device).requires_grad_()
+    errors = localisation_errors(pred, target, kind, tau, impl=backend.impl)
+    upstream = torch.ones_like(errors) if upstream is None else upstream.to(errors)
+    gradients = torch.autograd.grad(errors, (pred, target), upstream)
+    return Result(*(x.detach().cpu() for x in (errors, *gradients)))
+
+
+def random_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Proper boxes with sides of 1 to 9, exact in 16 bits: apart, overlapping, nested."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some() -> Tensor:
+        low = torch.randint(0, 8 * 8, (pairs, 2), generator=generator) / 8
+        return torch.cat(
+            [low, low + 1 + torch.randint(0, 8 * 8, (pairs, 2), generator=generator) / 8], 1
+        )
+
+    return some(), some()
+
+
+def generic_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Boxes as above without a tie: no corner is level with one of the other box."""
+    pred, target = random_boxes(pairs, seed)
+    return pred + torch.tensor([1, 3, 5, 7]) / 64, target
+
+
+def grid_boxes() -> tuple[Tensor, Tensor]:
+    """All 6561 pairs of boxes with corners in {0, 1, 2}: all ties, empty and inside-out boxes."""
+    boxes = torch.tensor(list(product(range(3), repeat=4)), dtype=torch.float64)
+    return boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)
+
+
+def deviation(got: Tensor, truth: Tensor) -> float:
+    """Largest error of a pair, over the largest entry of any."""
+    got, truth = got.double(), truth.double()
+    assert got.shape == truth.shape
+    assert got.isfinite().all()
+    return float((got - truth).abs().max() / truth.abs().max())
+
+
+def check_budget(got: Result, pred: Tensor, target: Tensor, kind: str, tau: float = 0.5) -> None:
+    """Holds a result to what torch's rounding gives on the same boxes.
+
+    The rounding of torch in float32, against float64, is counted in units of the last place. A
+    result gets twice as many of the dtype it is computed in, and one for what it is stored in.
+    """
+    wide = evaluate(TORCH, pred.double(), target.double(), kind, tau)
+    narrow = evaluate(TORCH, pred.float(), target.float(), kind, tau)
+    for part, mine, single, truth in zip(Result._fields, got, narrow, wide, strict=True):
+        units = deviation(single, truth) / torch.finfo(torch.float32).eps
+        computed = torch.finfo(got.errors.dtype).eps
+        budget = (2 * units + 1) * computed + torch.finfo(mine.dtype).eps
+        assert deviation(mine, truth) <= budget, (part, kind)
+
+
+# --- values ------------------------------------------------------------------------------------
+
+_TURN = 4 / math.pi**2 * math.atan(1 / 3) ** 2  # arctan(2) - arctan(1) = arctan(1/3)
+
+# (pred, target, IoU, GIoU, DIoU, CIoU), by hand.
+BY_HAND = {
+    "equal": ((0, 0, 2, 2), (0, 0, 2, 2), 1, 1, 1, 1),
+    "overlap": ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7, 1 / 7 - 2 / 9, 1 / 7 - 1 / 9, 1 / 7 - 1 / 9),
+    "apart": ((0, 0, 1, 1), (2, 0, 3, 1), 0, -1 / 3, -4 / 10, -4 / 10),
+    "touching": ((0, 0, 1, 1), (1, 0, 2, 1), 0, 0, -1 / 5, -1 / 5),
+    "nested": ((0, 0, 4, 2), (0, 0, 2, 2), 0.5, 0.5, 0.45, 0.45 - _TURN**2 / (0.5 + _TURN)),
+    "point inside": ((1, 1, 1, 1), (0, 0, 2, 2), 0, 0, 0, -1 / 4 * 1 / 5),
+    "inside-out": ((2, 2, 0, 0), (0, 0, 2, 2), 0, 0, 0, -1 / 4 * 1 / 5),
+    "inside-out and far": ((9, 0, 0, 1), (3, 0, 4, 1), 0, -8 / 9, -1 / 82, -1 / 82 - 1 / 20),
+    "points apart": ((0, 0, 0, 0), (3, 4, 3, 4), 0, -1, -1, -1),
+    "one point": ((1, 1, 1, 1), (1, 1, 1, 1), 0, 0, 0, 0),
+}
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("case", BY_HAND)
+def test_values_by_hand(backend, kind, case):
+    pred, target, *overlaps = BY_HAND[case]
+    pred, target = (torch.tensor([x], dtype=torch.float64) for x in (pred, target))
+    overlap = overlaps[KINDS.index(kind)]
+    errors = evaluate(backend, pred, target, kind, tau=0.5).errors
+    expected = (1 - overlap) / 0.5 if kind == "iou" else (1 - overlap) / 2 / 0.5
+    assert errors.item() == pytest.approx(expected, rel=8 * torch.finfo(torch.float64).eps)
+
+
+@every_backend
+def test_gradient_by_hand(backend):
+    # I = 1, U = 7; moving x2 adds 1 to I and 2 to the area: (1 * 7 - 1 * (2 - 1)) / 49.
+    pred, target = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 1, 3, 3]])
+    result = evaluate(backend, pred.double(), target.double(), "iou", tau=0.0)
+    expected = torch.tensor([[-2.0, -2, -6, -6]]).double() / 49
+    torch.testing.assert_close(result.by_pred, expected)
+    torch.testing.assert_close(result.by_target, -expected.flip(1))
+
+
+@every_backend
+@every_kind
+def test_equal_boxes_are_perfect_and_stay_so(backend, kind):
+    boxes, _ = random_boxes(100)
+    for given_boxes in (boxes, boxes / 3, boxes * 1e-3 + 7):
+        result = evaluate(backend, given_boxes, given_boxes, kind)
+        assert (result.errors == 0).all()
+        # The terms of the gradient are at most 2 / side each, and cancel.
+        side = (given_boxes[:, 2:] - given_boxes[:, :2]).min()
+        assert result.by_pred.abs().max() <= 8 * torch.finfo(torch.float32).eps * 2 / side
+
+
+def torchvision_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
+    ops = pytest.importorskip("torchvision.ops")
+    if kind == "iou":
+        return (1 - ops.box_iou(pred, target).diagonal()) / (1 - tau)
+    losses = {
+        "giou": ops.generalized_box_iou_loss,
+        "diou": ops.distance_box_iou_loss,
+        "ciou": ops.complete_box_iou_loss,
+    }
+    return losses[kind](pred, target, eps=0.0) / 2 / (1 - tau)
+
+
+@every_backend
+@every_kind
+def test_same_as_torchvision(backend, kind):
+    pred, target = generic_boxes(200)
+
+    def theirs(dtype) -> Result:
+        boxes = [x.to(dtype).requires_grad_() for x in (pred, target)]
+        errors = torchvision_errors(*boxes, kind, 0.3)
+        return Result(errors.detach(), *torch.autograd.grad(errors.sum(), boxes))
+
+    got = evaluate(backend, pred, target, kind, 0.3)
+    eps = torch.finfo(torch.float32).eps
+    for mine, single, truth in zip(got, theirs(torch.float32), theirs(torch.float64), strict=True):
+        assert deviation(mine, truth) <= 2 * deviation(single, truth) + eps
+
+
+# --- rounding, gradients -----------------------------------------------------------------------
+
+
+@kernels_only
+@every_kind
+def test_kernel_is_as_good_as_torch(backend, kind, monkeypatch):
+    monkeypatch.undo()  # programs as large as they are
+    pred, target = random_boxes(300)
+    result = evaluate(backend, pred, target, kind)
+    check_budget(result, pred, target, kind)
+    # One pair; one less than, exactly, and one more than a program takes: the same, bit for bit.
+    for pairs in (1, 63, 64, 65):
+        for part, whole in zip(
+            evaluate(backend, pred[:pairs], target[:pairs], kind), result, strict=True
+        ):
+            assert torch.equal(part, whole[:pairs])
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(backend, kind, dtype):
+    pred, target = (boxes.to(dtype) for boxes in random_boxes(150))
+    result = evaluate(backend, pred, target, kind)
+    assert result.errors.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert result.by_pred.dtype == result.by_target.dtype == dtype
+    check_budget(result, pred, target, kind)
+
+
+@every_backend
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, repeat=2)), ids=str)
+def test_mixed_dtypes(backend, dtypes):
+    pred, target = (b.to(d) for b, d in zip(random_boxes(50), dtypes, strict=True))
+    result = evaluate(backend, pred, target, "ciou")
+    assert result.errors.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
+    assert (result.by_pred.dtype, result.by_target.dtype) == dtypes
+    check_budget(result, pred, target, "ciou")
+
+
+# Not CIoU: its weight alpha is defined to have no gradient, so differences are the wrong test.
+@every_backend
+@pytest.mark.parametrize("kind", ["iou", "giou", "diou"])
+def test_gradcheck(backend, kind):
+    pred, target = (b.double().to(backend.device) for b in generic_boxes(4, seed=3))
+
+    def errors(pred, target):
+        return localisation_errors(pred, target, kind, 0.2, impl=backend.impl)
+
+    boxes = pred.requires_grad_(), target.requires_grad_()
+    assert torch.autograd.gradcheck(errors, boxes, fast_mode=backend.impl == "triton")
+
+
+@every_backend
+def test_gradient_of_ciou_with_its_weight_held(backend):
+    pred, target = (b.double() for b in generic_boxes(4, seed=3))
+
+    def turn(pred):
+        angles = [torch.atan((b[:, 2] - b[:, 0]) / (b[:, 3] - b[:, 1])) for b in (target, pred)]
+        return 4 / math.pi**2 * (angles[0] - angles[1]) ** 2
+
+    shape = turn(pred)
+    weight = shape / (1 - box_overlap(pred, target, "iou") + shape)
+
+    def errors(pred):
+        return (1 - box_overlap(pred, target, "diou") + weight * turn(pred)) / 2 / (1 - 0.5)
+
+    leaf = pred.clone().requires_grad_()
+    assert torch.autograd.gradcheck(errors, leaf)
+    (expected,) = torch.autograd.grad(errors(leaf).sum(), leaf)
+    torch.testing.assert_close(evaluate(backend, pred, target, "ciou").by_pred, expected)
+
+
+# --- properties --------------------------------------------------------------------------------
+
+
+@every_backend
+@every_kind
+def test_symmetric(backend, kind):
+    for boxes in (random_boxes(200), grid_boxes()):
+        there, back = evaluate(backend, *boxes, kind), evaluate(backend, *boxes[::-1], kind)
+        assert torch.equal(there.errors, back.errors)
+        torch.testing.assert_close(there.by_pred, back.by_target)
+        torch.testing.assert_close(there.by_target, back.by_pred)
+
+
+@every_backend
+@every_kind
+def test_scale_and_order_do_not_matter(backend, kind):
+    pred, target = random_boxes(200)
+    plain = evaluate(backend, pred, target, kind)
+    scaled = evaluate(backend, pred * 64, target * 64, kind)
+    assert torch.equal(scaled.errors, plain.errors)
+    assert torch.equal(scaled.by_pred * 64, plain.by_pred)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    shuffled = evaluate(backend, pred[order], target[order], kind)
+    for part, whole in zip(shuffled, plain, strict=True):
+        if backend.impl == "triton":
+            assert torch.equal(part, whole[order])
+        else:  # on the CPU, torch takes another arctan for the last few of a vector
+            torch.testing.assert_close(part, whole[order])
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tau_scales(backend, kind, dtype):
+    pred, target = (b.to(dtype) for b in random_boxes(50))
+    plain = evaluate(backend, pred, target, kind, tau=0.0)
+    for tau in (0.1, 0.7, 0.99):
+        for part, scaled in zip(plain, evaluate(backend, pred, target, kind, tau), strict=True):
+            expected = part / (1 - tau)
+            assert deviation(scaled, expected) <= 4 * torch.finfo(dtype).eps
+
+
+@every_backend
+@every_kind
+def test_linear_in_the_upstream_gradient(backend, kind):
+    pred, target = (b.double() for b in random_boxes(50))
+    upstream = torch.linspace(-2, 3, 50, dtype=torch.float64)
+    plain = evaluate(backend, pred, target, kind)
+    scaled = evaluate(backend, pred, target, kind, upstream=upstream)
+    for part in ("by_pred", "by_target"):
+        expected = getattr(plain, part) * upstream[:, None]
+        assert deviation(getattr(scaled, part), expected) <= 16 * torch.finfo(torch.float64).eps
+
+
+# --- degenerate boxes --------------------------------------------------------------------------
+
+
+def check_sane(result: Result, kind: str, tau: float) -> None:
+    for part in result:
+        assert part.isfinite().all()
+    eps = 8 * torch.finfo(result.errors.dtype).eps
+    assert result.errors.min() >= -eps
+    assert result.errors.max() * (1 - tau) <= (1.25 if kind == "ciou" else 1) + eps
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_tie_and_every_degenerate_box(backend, kind, dtype):
+    pred, target = (boxes.to(dtype) for boxes in grid_boxes())
+    result = evaluate(backend, pred, target, kind, tau=0.25)
+    check_sane(result, kind, tau=0.25)
+    check_budget(result, pred, target, kind, tau=0.25)
+
+
+@every_backend
+@every_kind
+def test_tiny_boxes(backend, kind):
+    # Around the smallest area that counts, the smallest normal and the smallest subnormal number.
+    sides = [NOTHING**0.5 * s for s in (0.5, 1.0, 2.0)] + [1e-20, 1e-30, 2.0**-126, 1e-45, 1.0]
+    corners = [(0, 0, w, h) for w in sides for h in sides] + [(0, 0, 1e4, 1e-34), (-1e-30, 0, 1, 1)]
+    boxes = torch.tensor(corners)
+    pred, target = boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)
+    check_sane(evaluate(backend, pred, target, kind), kind, tau=0.5)
+
+
+_coordinate = st.floats(-1e4, 1e4, width=32)
+_pairs = st.lists(st.tuples(*[_coordinate] * 8), min_size=1, max_size=20)
+
+
+@every_backend
+@every_kind
+@settings(max_examples=15, deadline=None)
+@given(pairs=_pairs)
+def test_any_boxes_give_sane_results(backend, kind, pairs):
+    boxes = torch.tensor(pairs)
+    check_sane(evaluate(backend, boxes[:, :4], boxes[:, 4:], kind), kind, tau=0.5)
+
+
+@every_backend
+@every_kind
+def test_nan_stays_in_its_pair_and_visible(backend, kind):
+    pred, target = random_boxes(8)
+    clean = evaluate(backend, pred, target, kind)
+    for place in range(4):
+        broken = pred.clone()
+        broken[place, place] = torch.nan
+        result = evaluate(backend, broken, target, kind)
+        assert result.errors[place].isnan()
+        assert result.by_pred[place].isnan().any()
+        others = torch.arange(8) != place
+        for part, untouched in zip(result, clean, strict=True):
+            assert torch.equal(part[others], untouched[others])
+
+
+# --- memory and the graph ----------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda boxes: boxes.t().contiguous().t(),
+        lambda boxes: torch.cat([boxes * 0 - 1, boxes, boxes * 0 - 1], 1)[:, 4:8],
+        lambda boxes: boxes.repeat_interleave(3, 0)[::3],
+        lambda boxes: torch.cat([boxes[:1] * 0 - 1, boxes])[1:],
+        lambda boxes: boxes[:1].expand(len(boxes), 4),
+    ],
+    ids=["columns", "slice", "steps", "offset", "expanded"],
+)
+def test_strides(backend, view):
+    pred, target = random_boxes(140)
+    views = view(pred), view(target)
+    before = [x.clone() for x in views]
+    result = evaluate(backend, *views, "ciou")
+    for part, plain in zip(result, evaluate(backend, *before, "ciou"), strict=True):
+        assert torch.equal(part, plain)
+    for given_boxes, kept in zip(views, before, strict=True):
+        assert torch.equal(given_boxes, kept)
+
+
+@every_backend
+@every_kind
+def test_no_pair_is_attached(backend, kind):
+    pred = torch.zeros(0, 4, device=backend.device, requires_grad=True)
+    target = torch.zeros(0, 4, device=backend.device, requires_grad=True)
+    errors = localisation_errors(pred, target, kind, impl=backend.impl)
+    assert errors.shape == (0,)
+    errors.sum().backward()
+    assert pred.grad.shape == target.grad.shape == (0, 4)
+
+
+@every_backend
+def test_upstream_gradients_of_any_stride(backend):
+    pred, target = random_boxes(140)
+    plain = evaluate(backend, pred, target)
+    same = evaluate(backend, pred, target, upstream=torch.ones(1).expand(140))
+    wide = torch.full((140, 3), torch.nan)
+    wide[:, 1] = 1
+    sliced = evaluate(backend, pred, target, upstream=wide[:, 1])
+    for part in ("by_pred", "by_target"):
+        assert torch.equal(getattr(same, part), getattr(plain, part))
+        assert torch.equal(getattr(sliced, part), getattr(plain, part))
+
+
+@every_backend
+def test_backward_twice_and_only_where_asked(backend):
+    pred, target = (boxes.to(backend.device) for boxes in random_boxes(140))
+    pred.requires_grad_()
+    errors = localisation_errors(pred, target, "ciou", impl=backend.impl)
+    errors.sum().backward(retain_graph=True)
+    first, pred.grad = pred.grad, None
+    errors.sum().backward()
+    assert torch.equal(pred.grad, first)
+    assert target.grad is None
+    with torch.no_grad():
+        again = localisation_errors(pred, target, "ciou", impl=backend.impl)
+    assert not again.requires_grad
+    assert torch.equal(again, errors)
+
+
+@kernels_only
+def test_no_second_derivative(backend):
+    pred, target = (boxes.to(backend.device) for boxes in random_boxes(3))
+    pred.requires_grad_()
+    errors = localisation_errors(pred, target, impl=backend.impl)
+    (by_pred,) = torch.autograd.grad(errors.sum(), pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (errors.sum() + by_pred.square().sum()).backward()
+
+
+# --- the choice of the backend, errors ---------------------------------------------------------
+
+
+def test_auto_is_torch_on_the_cpu():
+    pred, target = random_boxes(3)
+    errors = localisation_errors(pred.requires_grad_(), target, "iou")
+    assert "TritonErrors" not in type(errors.grad_fn).__name__
+    (by_pred,) = torch.autograd.grad(errors.sum(), pred, create_graph=True)
+    by_pred.sum().backward()  # torch has a second derivative
+
+
+def test_triton_on_the_cpu_is_refused_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"impl='triton'.*CUDA.*got cpu"):
+        localisation_errors(*random_boxes(3), impl="triton")
+    criterion = alrp_triton.ALRPLoss(impl="triton")
+    targets = torch.tensor([0, 1, 0, -1])
+    with pytest.raises(RuntimeError, match="impl='triton'"):
+        criterion(torch.zeros(4, 2), targets, *random_boxes(3))
+
+
+def test_program_wide_setting(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pred, target = random_boxes(3)
+    alrp_triton.set_backend(impl="triton")
+    try:
+        with pytest.raises(RuntimeError, match="impl='triton'"):
+            localisation_errors(pred, target)
+        localisation_errors(pred, target, impl="torch")  # what is named at the call wins
+    finally:
+        alrp_triton.set_backend()
+
+
+def test_torch_path_without_triton():
+    script = """
+import sys
+sys.modules["triton"] = None  # any import of it raises
+import torch, alrp_triton
+boxes = torch.rand(3, 4, requires_grad=True)
+alrp_triton.localisation_errors(boxes, boxes.detach() + 0.1, "ciou").sum().backward()
+try:
+    alrp_triton.localisation_errors(boxes, boxes, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "triton is not installed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"kind": "siou"}, ValueError, "kind: expected one of .*, got 'siou'"),
+        ({"tau": 1.0}, ValueError, "tau: expected .*, got 1.0"),
+        ({"tau": -0.1}, ValueError, "tau: expected"),
+        ({"tau": math.nan}, ValueError, "tau: expected"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of .*, got 'cuda'"),
+        ({"pred_boxes": [0, 0, 1, 1]}, TypeError, "pred_boxes: .*got list"),
+        ({"pred_boxes": torch.zeros(3, 4).int()}, TypeError, "pred_boxes: .*got .*int32"),
+        ({"pred_boxes": torch.zeros(3, 5)}, ValueError, r"pred_boxes: .*got \(3, 5\)"),
+        ({"target_boxes": torch.zeros(4)}, ValueError, r"target_boxes: .*got \(4,\)"),
+        ({"target_boxes": torch.zeros(2, 4)}, ValueError, r"target_boxes: .*\(3, 4\).*\(2, 4\)"),
+        ({"target_boxes": torch.zeros(3, 4, device="meta")}, ValueError, "target_boxes: .*meta"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_argument(change, error, match):
+    arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)} | change
+    with pytest.raises(error, match=match):
+        localisation_errors(**arguments)
+
+
+@kernels_only
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float64)], ids=str)
+def test_operators_are_registered_right(backend, dtypes):
+    pred, target = (
+        boxes.to(backend.device, dtype)
+        for boxes, dtype in zip(random_boxes(5), dtypes, strict=True)
+    )
+    pred = torch.cat([pred, pred], 1)[:, 2:6]
+    ops = torch.ops.alrp_triton
+    torch.library.opcheck(ops.box_errors.default, (pred, target, "giou", 0.5))
+    upstream = torch.ones(
+        5, device=backend.device, dtype=ops.box_errors(pred, target, "iou", 0).dtype
+    )
+    torch.library.opcheck(ops.box_gradient.default, (upstream, pred, target, "ciou", 0.5))
+
+
+@every_backend
+def test_compile(backend):
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(evaluate_compiled, fullgraph=True, dynamic=True, backend=compilations)
+    counts = []
+    for pairs in (5, 140, 33):
+        pred, target = (boxes.to(backend.device) for boxes in random_boxes(pairs, seed=pairs))
+        leaf = pred.clone().requires_grad_()
+        errors = compiled(leaf, target, backend.impl)
+        errors.sum().backward()
+        expected = evaluate(backend, pred, target, "ciou")
+        torch.testing.assert_close(errors.detach().cpu(), expected.errors)
+        torch.testing.assert_close(leaf.grad.cpu(), expected.by_pred)
+        counts.append(compilations.frame_count)
+    assert counts == counts[:1] * 3  # compiled with the first call, and never again
+
+
+def evaluate_compiled(pred: Tensor, target: Tensor, impl: str) -> Tensor:
+    return localisation_errors(pred, target, "ciou", impl=impl)
+
+
+# --- machine code ------------------------------------------------------------------------------
+
+
+# CIoU contains DIoU, and DIoU contains IoU.
+COMPILED = [("giou", torch.float32), *(("ciou", dtype) for dtype in DTYPES)]
+
+
+def print_compiled() -> None:
+    """Compiles the kernels for GPUs that are not there, in a process without the interpreter."""
+    from alrp_triton.kernels import boxes
+    from perf.sass import compile_launch, record, variant
+
+    def launches(pred, target, kind, tau=0.5):
+        with record() as recorded:
+            errors = boxes.errors(pred, target, kind, tau)
+            boxes.gradient(errors, pred, target, kind, tau)
+        return recorded
+
+    compiled = []
+    for target, (kind, dtype) in product(TARGETS, COMPILED):
+        for launch in launches(*(b.to(dtype) for b in random_boxes(3)), kind):
+            code = compile_launch(launch, target)
+            name = f"{launch.kernel.__name__} {kind} {dtype}"
+            compiled.append((target, name, code.registers, code.spills, code.shared))
+
+    generator = torch.Generator().manual_seed(0)
+    variants = set()
+    for _ in range(50):
+        pairs, width = torch.randint(1, 5000, (2,), generator=generator).tolist()
+        wide = torch.zeros(pairs, width % 7 + 5)
+        tau = width / 5000
+        for pred, target in ((wide[:, 1:5], wide[:, :4]), (wide[:, :4], torch.zeros(4, pairs).t())):
+            variants |= {variant(launch) for launch in launches(pred, target, "giou", tau)}
+    first = launches(wide[:, 1:5], wide[:, :4], "giou")[0].arguments
+    in_place = first["pred"].data_ptr() == wide[:, 1:5].data_ptr()
+    print(json.dumps({"compiled": compiled, "variants": len(variants), "in_place": in_place}))
+
+
+@pytest.fixture(scope="module")
+def machine_code(compilation, compilation_log) -> dict:
+    if compilation is None:
+        pytest.skip("triton is not installed")
+    assert compilation.wait() == 0, compilation_log.read_text()
+    printed = compilation_log.read_text().splitlines()
+    return json.loads(next(line for line in printed if line.startswith('{"compiled"')))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills_or_exchange(machine_code, target):
+    rows = [row[1:] for row in machine_code["compiled"] if row[0] == target]
+    assert len(rows) == 2 * len(COMPILED)
+    for name, registers, spills, shared in rows:
+        assert spills == 0, (name, registers)
+        assert shared == 0, name  # a thread has all of its pair
+
+
+def test_one_variant_whatever_the_size(machine_code):
+    assert machine_code["variants"] == 2  # a kernel each way, for 100 sizes, strides and taus
+
+
+def test_views_are_read_in_place(machine_code):
+    assert machine_code["in_place"]
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@every_kind
+def test_many_pairs_without_waiting(kind):
+    pred, target = (boxes.cuda() for boxes in random_boxes(50_000))
+    pred.requires_grad_()
+    localisation_errors(pred, target, kind).sum().backward()  # compiled
+    pred.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for impl in ("auto", "torch"):
+            errors = localisation_errors(pred, target, kind, impl=impl)
+            assert ("TritonErrors" in type(errors.grad_fn).__name__) == (impl == "auto")
+            errors.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gpu = Backend("triton", "cuda")
+    pred = pred.detach().cpu()
+    check_budget(evaluate(gpu, pred, target.cpu(), kind), pred, target.cpu(), kind)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    pred, target = (boxes.cuda() for boxes in random_boxes(1000))
+    pred.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        errors = localisation_errors(pred, target, "ciou", impl="triton")
+        return errors, *torch.autograd.grad(errors.sum(), pred)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    moved, _ = random_boxes(1000, seed=1)
+    with torch.no_grad():
+        pred.copy_(moved)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_on_the_second_device():
+    pred, target = (boxes.to("cuda:1") for boxes in random_boxes(300))
+    errors = localisation_errors(pred, target, impl="triton")
+    assert errors.device == pred.device
+    torch.testing.assert_close(errors, localisation_errors(pred, target, impl="torch"))
