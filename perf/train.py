@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--steps", type=_positive, help="iterations a run (default: 600, or 120 if --quick)"
     )
-    parser.add_argument("--opt", choices=("sgd", "adamw"), default="sgd", help="(default: sgd)")
+    parser.add_argument("--opt", choices=("sgd", "adamw"), default="adamw", help="(default: adamw)")
     parser.add_argument("--quick", action="store_true", help="at most a minute in all")
     parser.add_argument(
         "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",

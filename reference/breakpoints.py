@@ -20,15 +20,20 @@ windows only, so that nothing large cancels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .layout import LARGEST, blocks, clear_positives, finite, write_positives
 
+# Cells of the table that tells most scores their interval without a search.
+CELLS = 1 << 16
 
-class Edges(NamedTuple):
+
+@dataclass
+class Edges:
     """The 2P edges in ascending order. Interval b ends at edge b, and so starts at edge b - 1."""
 
     key: Tensor  # (2P,) the smallest number of the scores' dtype that is not below the edge
@@ -37,6 +42,12 @@ class Edges(NamedTuple):
     width: Tensor  # (2P + 1,) float64; 0 outside all windows, where nothing depends on it
     lower: Tensor  # (P,) int64: the interval that starts at s_i - delta
     upper: Tensor  # (P,) int64: the interval that starts at s_i + delta
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """(CELLS,) int32: the interval that holds the cell, -1 where an edge falls into it."""
+        inside = _cell(self.key, self.key).bincount(minlength=CELLS)
+        return torch.where(inside > 0, -1, inside.cumsum(0)).to(torch.int32)
 
 
 def count(
@@ -92,12 +103,13 @@ def gradient(
     value, slope = _line(edges, weights.double(), delta)
     for level, target, out in zip(logits, targets, gradients, strict=True):
         for rows, places, part, part_targets in blocks(level, target):
-            at, mask, negatives = _relevant(part, part_targets, edges, ignore_index)
+            at, found, negatives = _relevant(part, part_targets, edges, ignore_index)
             interval, offset = _look_up(negatives, edges)
             total = offset.mul_(slope.index_select(0, interval))
             total.add_(value.index_select(0, interval))
-            update = torch.zeros_like(mask, dtype=out.dtype)
-            out[rows, :, places][at] = update.masked_scatter_(mask, total.to(out.dtype))
+            update = out.new_zeros(at[0].numel() * out.shape[1])
+            update[found] = total.to(out.dtype)
+            out[rows, :, places][at] = update.view(-1, out.shape[1])
     write_positives(gradients, index, own)
     return gradients
 
@@ -145,8 +157,8 @@ def _relevant(
     Places are looked at by their highest logit first: late in training few have a relevant one.
 
     Returns:
-        The places that have any, as an index into `part` that gives (K, C); which of their logits
-        they are, (K, C) bool; the finite scores of these.
+        The places that have any, as an index into `part` that gives (K, C); where they stand in
+        its flattened form; their finite scores.
     """
     lowest = edges.key[0]
     lowest = torch.where(lowest > -LARGEST / 2, lowest, -torch.inf)
@@ -162,13 +174,33 @@ def _relevant(
         mask.logical_and_(targets[at] == 0)
     else:
         clear_positives(mask, targets[rows, places])
-    return at, mask, finite(scores[mask])
+    found = mask.reshape(-1).nonzero()[:, 0]
+    return at, found, finite(scores.reshape(-1).index_select(0, found))
 
 
 def _look_up(scores: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
-    """The interval of each score, and float64 distances to `high` of its lower edge."""
-    interval = torch.bucketize(scores, edges.key, right=True, out_int32=True)
+    """The interval of each score, and float64 distances to `high` of its lower edge.
+
+    Most scores fall into a cell of the line that no edge falls into, where the table knows the
+    interval. A search decides the rest. Where a cell ends does not matter, since `_cell` keeps
+    order: an edge in a lower cell is below the score, one in a higher cell above it.
+    """
+    if scores.numel() < CELLS:
+        interval = torch.bucketize(scores, edges.key, right=True, out_int32=True)
+    else:
+        interval = edges.cells.index_select(0, _cell(scores, edges.key))
+        open_cell = (interval < 0).nonzero()[:, 0]
+        interval[open_cell] = torch.bucketize(
+            scores[open_cell], edges.key, right=True, out_int32=True
+        )
     return interval, scores - edges.high.index_select(0, interval)
+
+
+def _cell(scores: Tensor, key: Tensor) -> Tensor:
+    """The cell of each score, int32: `CELLS` of them cut the line between the outer edges."""
+    scale = (CELLS - 1) / (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * CELLS)
+    cell = (scores - key[0]).mul_(scale).clamp_(0, CELLS - 1)
+    return cell.nan_to_num_(0).to(torch.int32)
 
 
 def _sum_over_others(edges: Edges, scores: Tensor, values: Tensor, delta: float) -> Tensor:

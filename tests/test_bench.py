@@ -59,12 +59,12 @@ def test_retinanet_sized_call():
     assert None in extra or max(extra) < 1.5
 
 
-@pytest.mark.parametrize("distribution", ["mid", "spread"])
+@pytest.mark.parametrize("distribution", ["init", "mid", "spread"])
 def test_at_least_five_times_faster_than_the_published_loop(distribution):
-    """P = 500, N = 2 million, forward + backward, the two side by side."""
+    """P = 500, N = 2 million, forward + backward, the best of three each, side by side."""
     variants = {name: VARIANTS[name] for name in ("alrp_triton", "published loop")}
-    ours, loop = bench.compare(variants, distribution, 2_000_000, 500, rounds=1)
-    assert loop["seconds"] > 5 * ours["seconds"]
+    ours, loop = bench.compare(variants, distribution, 2_000_000, 500, rounds=3)
+    assert loop["least"] > 5 * ours["least"]
 
 
 def test_anchors_are_assigned_by_iou():

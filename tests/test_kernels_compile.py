@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PAIR_KERNELS = ("_count_kernel", "_gradient_kernel")
@@ -148,7 +148,8 @@ def test_instructions_a_pair(case: str, compiled: dict) -> None:
     """On sm_90: two for the pair (a multiply-add that clamps, an add), and a share of the rest."""
     figures = compiled["sm_90"]["figures"]
     fast, exact = figures[f"_count_kernel {case}"]["per_pair"]
-    assert fast <= (2.5 if case != "wide" else 2.6)
+    # Triton 3.6 needs 2.57 where offsets take 64 bits, 3.9 needs 2.498.
+    assert fast <= (2.6 if case == "wide" and triton.__version__ < "3.9" else 2.5)
     assert exact <= 3.6
     fast, exact = figures[f"_gradient_kernel {case}"]["per_pair"]
     assert fast <= 2.7

@@ -142,6 +142,26 @@ def test_breakpoints_equal_pairwise(case):
         assert ((b.double() - c).abs() <= budget).all()
 
 
+@pytest.mark.parametrize("cells", [1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_table_finds_the_intervals_that_a_search_finds(distribution, dtype, cells, monkeypatch):
+    """With scores at the edges themselves, one float off them, outside all, infinite and NaN."""
+    monkeypatch.setattr(breakpoints, "CELLS", cells)
+    logits, targets = detector_batch(distribution, 300, 4, 20)
+    _, _, _, scores = to_levels(logits.to(dtype), targets)
+    edges = breakpoints._edges(scores, 0.25)
+    near = [edges.key, edges.key.nextafter(edges.key + 1), edges.key.nextafter(edges.key - 1)]
+    far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
+    looked_up = torch.cat([*near, logits.flatten().to(dtype), far])
+    assert looked_up.numel() >= cells
+    got, _ = breakpoints._look_up(looked_up, edges)
+    expected = torch.bucketize(looked_up, edges.key, right=True)
+    ordered = ~looked_up.isnan()
+    assert torch.equal(got[ordered].long(), expected[ordered])
+    assert ((got >= 0) & (got <= edges.key.numel())).all()
+
+
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkeypatch):
@@ -155,6 +175,7 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
         levels, level_targets, index, scores, values, -values, delta, IGNORE
     )[0]
     monkeypatch.setattr(layout, "CHUNK", 1000)
+    monkeypatch.setattr(breakpoints, "CELLS", 100)  # so that blocks are looked up in the table
     for module in (pairwise, breakpoints):
         for shape, cut in ((levels, level_targets), (long, [targets.reshape(1, 600)])):
             place, _ = layout.locate(shape, cut, None, 40, True, IGNORE)
