@@ -112,10 +112,10 @@ def test_compiled_module_with_levels_and_balance():
     weights = []
     for _ in range(4):
         out = compiled(levels, level_targets, pred_boxes, target_boxes)
-        weights.append(float(out.weight))
+        weights.append(float(out.weight.detach()))
         out.loss.backward()
     assert weights[0] == weights[1] == 50
-    assert weights[2] == pytest.approx(float((out.cls + out.loc) / out.loc), rel=1e-5)
+    assert weights[2] == pytest.approx(float(((out.cls + out.loc) / out.loc).detach()), rel=1e-5)
     assert pred_boxes.grad.isfinite().all()
 
 

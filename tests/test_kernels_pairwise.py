@@ -20,6 +20,7 @@ from reference import pairwise as reference
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.pairwise")
+levels = importlib.import_module("alrp_triton.kernels.levels")
 tiles_module = importlib.import_module("alrp_triton.kernels.tiles")
 Tiles = tiles_module.Tiles
 
@@ -388,7 +389,7 @@ def test_counts_beyond_float32() -> None:
 
 
 def test_infinity_is_as_large_as_in_the_reference() -> None:
-    assert kernels.LARGEST.value == layout.LARGEST
+    assert levels.LARGEST.value == layout.LARGEST
 
 
 def test_float32_sums_are_bounded() -> None:
@@ -610,7 +611,7 @@ def test_irrelevant_tiles_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 80, 91, 100, 4096, (1 << 30) - 1])
 def test_division(divisor: int) -> None:
-    magic = kernels._magic(divisor)
+    magic = levels.magic_of(divisor)
     factor, shift = magic & 0xFFFFFFFF, magic >> 32
     assert factor < 1 << 32
     for number in (0, 1, divisor - 1, divisor, 7 * divisor - 1, (1 << 31) - 1):

@@ -21,9 +21,7 @@ results repeat bit by bit, whatever the number of programs. Nothing waits for th
 positives are not padding, and how the logits are shared out, is read there.
 """
 
-import inspect
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .levels import bits_of, jit, lay_out, offset_of, origin_of, read_logits, real
 from .tiles import Tiles, tiles_for
-
-# What an infinite score is ranked as, as in `reference.layout`.
-LARGEST = tl.constexpr(2.0**125)
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
@@ -47,32 +43,6 @@ _WRITTEN = 256
 _FAST = tl.constexpr(0)  # 1/2 - s_i scale
 _EXACT = tl.constexpr(1)  # s_i
 _FEW = tl.constexpr(2)  # s_i, and no positive behind the first `FEW` places
-
-
-def _jit(kernel: Callable) -> Any:
-    """triton.jit that specialises on no number's value and on no pointer's alignment.
-
-    P, N and what follows from them change at every call and must never make another variant.
-    """
-    arguments = [
-        parameter.name
-        for parameter in inspect.signature(kernel).parameters.values()
-        if parameter.annotation is not tl.constexpr
-    ]
-    return triton.jit(kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
-
-
-@triton.jit
-def _real(bits, dtype: tl.constexpr):
-    """A number from the bits of its float64, since a float argument may arrive as float32."""
-    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(dtype)
-
-
-@triton.jit
-def _finite(scores):
-    """-inf and +inf replaced by -LARGEST and LARGEST. NaN stays."""
-    scores = tl.maximum(scores, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(scores, LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -90,67 +60,6 @@ def _step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
 
 
 @triton.jit
-def _divide(number, divisor, magic):
-    """number // divisor and the remainder, for 0 <= number < 2^31; `magic` is of `_magic`."""
-    factor = tl.cast(tl.cast(magic, tl.int64) & 0xFFFFFFFF, tl.uint32)
-    shift = tl.cast(tl.cast(magic, tl.int64) >> 32, tl.uint32)
-    quotient = (tl.umulhi(number, factor) + number) >> shift
-    return quotient, number - quotient * tl.cast(divisor, tl.uint32)
-
-
-@triton.jit
-def _origin(start, middle, inner):
-    """Where a share of a level begins: (outer, middle, inner) of its logit `start`."""
-    inner = tl.cast(inner, tl.int64)
-    row = tl.cast(middle, tl.int64) * inner
-    outer = start // row
-    rest = start - outer * row
-    return outer, (rest // inner).to(tl.int32), (rest % inner).to(tl.int32)
-
-
-@triton.jit
-def _offset(places, outer, middle, inner, WIDE: tl.constexpr):
-    """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
-    o, m, i = places
-    if WIDE > 0:
-        o = o.to(tl.int64)
-    if WIDE > 1:
-        m, i = m.to(tl.int64), i.to(tl.int64)
-    return o * outer + (m * middle + i * inner)
-
-
-@triton.jit
-def _read(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """The logits `local` places behind the origin of a level.
-
-    Returns them upcast and finite but for NaN; which of them are negatives; their places, (outer,
-    middle, inner), of which outer counts from the origin.
-    """
-    logits, targets, strides, sizes, origin, ignore_index = level
-    middle, inner, middle_magic, inner_magic = sizes
-
-    # 1. Where they stand, without a division.
-    row, i = _divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
-    o, m = _divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
-    places = (o.to(tl.int32), m.to(tl.int32), i.to(tl.int32))
-    logits, targets = logits + origin[0] * strides[0], targets + origin[0] * strides[3]
-    scores = tl.load(logits + _offset(places, strides[0], strides[1], strides[2], WIDE))
-    target = tl.load(targets + _offset(places, strides[3], strides[4], strides[5], WIDE))
-
-    # 2. Negative is 0 among targets per logit, another class that is not ignored among indices.
-    if CLASS_AXIS == -1:
-        negative = target == 0
-    else:
-        if target.dtype.primitive_bitwidth < 32:
-            target = target.to(tl.int32)
-        channel = places[CLASS_AXIS]
-        if CLASS_AXIS == 0:
-            channel = origin[0] + channel
-        negative = (target != channel) & (target != ignore_index)
-    return _finite(scores.to(dtype)), negative, places
-
-
-@triton.jit
 def _shares(last, programs, least_splits, most_splits, BLOCK: tl.constexpr):
     """How the count's work is cut: blocks of positives, and shares of each level's logits."""
     blocks = tl.cdiv(tl.load(last), BLOCK)
@@ -158,7 +67,7 @@ def _shares(last, programs, least_splits, most_splits, BLOCK: tl.constexpr):
     return blocks, tl.maximum(splits, least_splits)
 
 
-@_jit
+@jit
 def _prepare_kernel(
     scores,  # (P,) finite, or NaN; -inf for padding
     weights,  # (P,) float64, or None
@@ -177,7 +86,7 @@ def _prepare_kernel(
     i = tl.cast(block, tl.int64) * BLOCK + place
     s = tl.load(scores + i, mask=i < positives, other=float("-inf"))
     valid = s != float("-inf")
-    scale = _real(scale_bits, s.dtype)
+    scale = real(scale_bits, s.dtype)
 
     # 1. Two instructions a pair, or three.
     reach = tl.max(tl.where(valid, tl.abs(s), 0.0), 0) * scale
@@ -229,7 +138,9 @@ def _count_tiles(
         for t in range(chunk, tl.minimum(chunk + FOLD, tiles)):
             # 1. A tile of logits. Whatever is no negative becomes -inf, for which H is 0.
             local = t * (ROWS * LANES) + lane
-            v, negative, _ = _read(level, tl.minimum(local, end - 1), s.dtype, CLASS_AXIS, WIDE)
+            v, negative, _ = read_logits(
+                level, tl.minimum(local, end - 1), s.dtype, CLASS_AXIS, WIDE
+            )
             v = tl.where(negative & (local < end), v, float("-inf"))
 
             # 2. A NaN stays in `seen`, since the clamp of H would lose it.
@@ -277,7 +188,7 @@ def _count_block(
         )
 
 
-@_jit
+@jit
 def _count_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
@@ -313,7 +224,7 @@ def _count_kernel(
 ):
     """NFP(i) of each block of positives in each share of one level's logits."""
     dtype: tl.constexpr = table.dtype.element_ty
-    scale, delta = _real(scale_bits, dtype), _real(delta_bits, dtype)
+    scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
     sizes = (middle, inner, middle_magic, inner_magic)
     blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
@@ -323,7 +234,7 @@ def _count_kernel(
         start = tl.cast(item // blocks, tl.int64) * most * (ROWS * LANES)
         end = tl.minimum(size - start, most * (ROWS * LANES)).to(tl.int32)
         share = (tl.cdiv(end, ROWS * LANES), end)
-        origin = _origin(start, middle, inner)
+        origin = origin_of(start, middle, inner)
         level = (logits, targets, strides, sizes, origin, ignore_index)
 
         # 2. A block of positives.
@@ -337,7 +248,7 @@ def _count_kernel(
         )
 
 
-@_jit
+@jit
 def _rank_kernel(
     scores,  # (P,), as in `_prepare_kernel`
     values,  # (P,) float64
@@ -361,7 +272,7 @@ def _rank_kernel(
     s_i = tl.load(scores + i, mask=i < positives, other=float("-inf"))
     valid = s_i != float("-inf")
     s_i = tl.where(valid, s_i, float("inf"))
-    scale = _real(scale_bits, s_i.dtype)
+    scale = real(scale_bits, s_i.dtype)
     lane = tl.arange(0, LANES)
 
     # 1. rank+(i) = 1 + sum_{k != i} H(x_ik), Eq. 3; S(i) = sum_{k != i} values(k) H(x_ik), Eq. 10.
@@ -417,7 +328,7 @@ def _add_block(
     return total
 
 
-@_jit
+@jit
 def _gradient_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
@@ -452,9 +363,9 @@ def _gradient_kernel(
 ):
     """One tile of one level: dL/ds_j = sum_i weights(i) H(x_ij) at negatives (Eq. 5), else 0."""
     dtype: tl.constexpr = table.dtype.element_ty
-    scale, delta = _real(scale_bits, dtype), _real(delta_bits, dtype)
+    scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     start = tl.cast(tl.program_id(0), tl.int64) * (ROWS * LANES)
-    origin = _origin(start, middle, inner)
+    origin = origin_of(start, middle, inner)
 
     # 1. The tile. A NaN goes straight into the sum, since the clamp of H would lose it.
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
@@ -463,7 +374,7 @@ def _gradient_kernel(
     end = tl.minimum(size - start, ROWS * LANES).to(tl.int32)
     local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     inside = local < end
-    v, negative, places = _read(level, tl.minimum(local, end - 1), dtype, CLASS_AXIS, WIDE)
+    v, negative, places = read_logits(level, tl.minimum(local, end - 1), dtype, CLASS_AXIS, WIDE)
     behind = tl.load(last)
     total = tl.where(negative & (v != v) & (behind > 0), float("nan"), 0.0).to(tl.float64)
     v = tl.where(negative & inside & (v == v), v, float("-inf"))
@@ -483,11 +394,11 @@ def _gradient_kernel(
 
     # 3. Rounded once; by way of float32, as torch rounds to 16 bits.
     total = tl.where(negative, total, 0.0)
-    at = out + origin[0] * out_0 + _offset(places, out_0, out_1, out_2, WIDE)
+    at = out + origin[0] * out_0 + offset_of(places, out_0, out_1, out_2, WIDE)
     tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=inside)
 
 
-@_jit
+@jit
 def _own_kernel(
     index,  # (P,) int64
     own,  # (P,) float64
@@ -514,67 +425,6 @@ def _own_kernel(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
-class _Level(NamedTuple):
-    """A level's axes in the order of its memory: (outer, middle, inner)."""
-
-    class_axis: int  # which of them is the class; -1 for targets per logit
-    sizes: dict[str, int]
-    strides: dict[str, int]
-    wide: int  # offsets pass 2^31 along no axis (0), along the outer one (1), along more (2)
-
-
-def _magic(divisor: int) -> int:
-    """What `_divide` divides by: (shift << 32) + factor, after Granlund and Montgomery (1994)."""
-    shift = (divisor - 1).bit_length()
-    return (shift << 32) + (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1)
-
-
-def _lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> _Level:
-    """Chooses the order in which a level is read: along its fastest axis."""
-    long = [axis for axis in range(3) if logits.shape[axis] > 1]
-    fastest = min(long, key=logits.stride, default=2)
-    axes = sorted(range(3), key=lambda axis: (axis == fastest, axis))
-    if [axis for axis in axes if axis in long] == long:
-        axes = [0, 1, 2]  # axes of length 1 make no difference, and no other variant of a kernel
-    if max(logits.shape[axis] for axis in axes[1:]) >= 1 << 30:  # only the outer one may be as long
-        axes = sorted(range(3), key=lambda axis: -logits.shape[axis])
-    per_logit = targets.dim() == logits.dim()
-    if not per_logit:
-        targets = targets[:, None, :].expand(logits.shape)
-    tensors = {"logits": logits, "targets": targets} | ({} if out is None else {"out": out})
-    middle, inner = (logits.shape[axis] for axis in axes[1:])
-    assert max(middle, inner) < 1 << 30, "a level's inner two axes must be shorter than 2^30"
-    return _Level(
-        -1 if per_logit else axes.index(1),
-        {
-            "size": logits.numel(),
-            "middle": middle,
-            "inner": inner,
-            "middle_magic": _magic(middle),
-            "inner_magic": _magic(inner),
-        },
-        {
-            f"{name}_{place}": tensor.stride(axis)
-            for name, tensor in tensors.items()
-            for place, axis in enumerate(axes)
-        },
-        max(
-            2 if _span(tensor, axes[1:]) >= 1 << 31 else _span(tensor, axes) >= 1 << 31
-            for tensor in tensors.values()
-        ),
-    )
-
-
-def _span(tensor: Tensor, axes: Sequence[int]) -> int:
-    """How far apart two elements may stand along some axes."""
-    return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
-
-
-def _bits(number: float) -> int:
-    """A float64 as the integer of the same bits, see `_real`."""
-    return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
 class _Prepared(NamedTuple):
     table: Tensor  # (4, padded), see `_prepare_kernel`
     last: Tensor  # (1,) int32
@@ -593,7 +443,7 @@ def _prepare(
     table = scores.new_empty((4, blocks * tiles.block))
     last = torch.zeros(1, dtype=torch.int32, device=scores.device)
     common = {
-        "scale_bits": _bits(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
+        "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
         "HARD": delta == 0,
         "BLOCK": tiles.block,
         "num_warps": 1,
@@ -649,7 +499,7 @@ def count(
         items = min(items, blocks * shares["most_splits"])
         partials = torch.zeros((items, tiles.block), dtype=torch.float64, device=scores.device)
         for level, target in pairs:
-            layout = _lay_out(level, target)
+            layout = lay_out(level, target)
             _count_kernel[(items,)](
                 logits=level,
                 targets=target,
@@ -658,7 +508,7 @@ def count(
                 partials=partials,
                 padded=table.shape[1],
                 ignore_index=ignore_index,
-                delta_bits=_bits(delta),
+                delta_bits=bits_of(delta),
                 **shares,
                 **layout.sizes,
                 **layout.strides,
@@ -714,7 +564,7 @@ def gradient(
         for level, target, out in zip(logits, targets, gradients, strict=True):
             size = level.numel()
             if size:
-                layout = _lay_out(level, target, out)
+                layout = lay_out(level, target, out)
                 rows = tiles.gradient_rows
                 _gradient_kernel[(triton.cdiv(size, rows * tiles.lanes),)](
                     logits=level,
@@ -724,7 +574,7 @@ def gradient(
                     out=out,
                     padded=table.shape[1],
                     ignore_index=ignore_index,
-                    delta_bits=_bits(delta),
+                    delta_bits=bits_of(delta),
                     **layout.sizes,
                     **layout.strides,
                     CLASS_AXIS=layout.class_axis,

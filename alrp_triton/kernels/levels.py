@@ -1,0 +1,161 @@
+"""A level of logits as a kernel reads it, in place, and numbers that no kernel specialises on."""
+
+import inspect
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What an infinite score is ranked as, as in `reference.layout`.
+LARGEST = tl.constexpr(2.0**125)
+
+
+def jit(kernel: Callable) -> Any:
+    """triton.jit that specialises on no number's value and on no pointer's alignment.
+
+    P, N and what follows from them change at every call and must never make another variant.
+    """
+    arguments = [
+        parameter.name
+        for parameter in inspect.signature(kernel).parameters.values()
+        if parameter.annotation is not tl.constexpr
+    ]
+    return triton.jit(kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
+
+
+@triton.jit
+def real(bits, dtype: tl.constexpr):
+    """A number from the bits of its float64, since a float argument may arrive as float32."""
+    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def finite(scores):
+    """-inf and +inf replaced by -LARGEST and LARGEST. NaN stays."""
+    scores = tl.maximum(scores, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(scores, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def divide(number, divisor, magic):
+    """number // divisor and the remainder, for 0 <= number < 2^31; `magic` is of `magic_of`."""
+    factor = tl.cast(tl.cast(magic, tl.int64) & 0xFFFFFFFF, tl.uint32)
+    shift = tl.cast(tl.cast(magic, tl.int64) >> 32, tl.uint32)
+    quotient = (tl.umulhi(number, factor) + number) >> shift
+    return quotient, number - quotient * tl.cast(divisor, tl.uint32)
+
+
+@triton.jit
+def origin_of(start, middle, inner):
+    """Where a share of a level begins: (outer, middle, inner) of its logit `start`."""
+    inner = tl.cast(inner, tl.int64)
+    row = tl.cast(middle, tl.int64) * inner
+    outer = start // row
+    rest = start - outer * row
+    return outer, (rest // inner).to(tl.int32), (rest % inner).to(tl.int32)
+
+
+@triton.jit
+def offset_of(places, outer, middle, inner, WIDE: tl.constexpr):
+    """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
+    o, m, i = places
+    if WIDE > 0:
+        o = o.to(tl.int64)
+    if WIDE > 1:
+        m, i = m.to(tl.int64), i.to(tl.int64)
+    return o * outer + (m * middle + i * inner)
+
+
+@triton.jit
+def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """The logits `local` places behind the origin of a level.
+
+    Returns them upcast and finite but for NaN; which of them are negatives; their places, (outer,
+    middle, inner), of which outer counts from the origin.
+    """
+    logits, targets, strides, sizes, origin, ignore_index = level
+    middle, inner, middle_magic, inner_magic = sizes
+
+    # 1. Where they stand, without a division.
+    row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
+    o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
+    places = (o.to(tl.int32), m.to(tl.int32), i.to(tl.int32))
+    logits, targets = logits + origin[0] * strides[0], targets + origin[0] * strides[3]
+    scores = tl.load(logits + offset_of(places, strides[0], strides[1], strides[2], WIDE))
+    target = tl.load(targets + offset_of(places, strides[3], strides[4], strides[5], WIDE))
+
+    # 2. Negative is 0 among targets per logit, another class that is not ignored among indices.
+    if CLASS_AXIS == -1:
+        negative = target == 0
+    else:
+        if target.dtype.primitive_bitwidth < 32:
+            target = target.to(tl.int32)
+        channel = places[CLASS_AXIS]
+        if CLASS_AXIS == 0:
+            channel = origin[0] + channel
+        negative = (target != channel) & (target != ignore_index)
+    return finite(scores.to(dtype)), negative, places
+
+
+class Level(NamedTuple):
+    """A level's axes in the order of its memory: (outer, middle, inner)."""
+
+    class_axis: int  # which of them is the class; -1 for targets per logit
+    sizes: dict[str, int]
+    strides: dict[str, int]
+    wide: int  # offsets pass 2^31 along no axis (0), along the outer one (1), along more (2)
+
+
+def magic_of(divisor: int) -> int:
+    """What `divide` divides by: (shift << 32) + factor, after Granlund and Montgomery (1994)."""
+    shift = (divisor - 1).bit_length()
+    return (shift << 32) + (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1)
+
+
+def lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Level:
+    """Chooses the order in which a level is read: along its fastest axis."""
+    long = [axis for axis in range(3) if logits.shape[axis] > 1]
+    fastest = min(long, key=logits.stride, default=2)
+    axes = sorted(range(3), key=lambda axis: (axis == fastest, axis))
+    if [axis for axis in axes if axis in long] == long:
+        axes = [0, 1, 2]  # axes of length 1 make no difference, and no other variant of a kernel
+    if max(logits.shape[axis] for axis in axes[1:]) >= 1 << 30:  # only the outer one may be as long
+        axes = sorted(range(3), key=lambda axis: -logits.shape[axis])
+    per_logit = targets.dim() == logits.dim()
+    if not per_logit:
+        targets = targets[:, None, :].expand(logits.shape)
+    tensors = {"logits": logits, "targets": targets} | ({} if out is None else {"out": out})
+    middle, inner = (logits.shape[axis] for axis in axes[1:])
+    assert max(middle, inner) < 1 << 30, "a level's inner two axes must be shorter than 2^30"
+    return Level(
+        -1 if per_logit else axes.index(1),
+        {
+            "size": logits.numel(),
+            "middle": middle,
+            "inner": inner,
+            "middle_magic": magic_of(middle),
+            "inner_magic": magic_of(inner),
+        },
+        {
+            f"{name}_{place}": tensor.stride(axis)
+            for name, tensor in tensors.items()
+            for place, axis in enumerate(axes)
+        },
+        max(
+            2 if _span(tensor, axes[1:]) >= 1 << 31 else _span(tensor, axes) >= 1 << 31
+            for tensor in tensors.values()
+        ),
+    )
+
+
+def _span(tensor: Tensor, axes: Sequence[int]) -> int:
+    """How far apart two elements may stand along some axes."""
+    return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
+
+
+def bits_of(number: float) -> int:
+    """A float64 as the integer of the same bits, see `real`."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
