@@ -147,7 +147,7 @@ def ap_loss(
 def error_driven_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
-    errors_fn: Callable[[Counts], Errors | tuple[Tensor, Tensor, Tensor | float]],
+    errors_fn: Callable[[Counts], Errors | tuple[Tensor, Tensor | float, Tensor | float]],
     values: Tensor | None = None,
     delta: float = 1.0,
     *,
@@ -165,8 +165,8 @@ def error_driven_loss(
         logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
             (`help(alrp_triton.functional)`).
         errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the
-            error that a perfect ranking would leave, (P,); the normaliser, a scalar. It runs
-            without gradients. Entries of padding are masked out afterwards.
+            error that a perfect ranking would leave, (P,) or a number; the normaliser, a scalar.
+            It runs without gradients. Entries of padding are masked out afterwards.
         values: (P,) floating, a number for each positive (an IoU, say), in the order of the
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.
@@ -201,14 +201,23 @@ def error_driven_loss(
     )
     counts = rank_positives(ranking, values)
     with torch.no_grad():
-        errors = Errors(*errors_fn(counts))
-    for name, given in (("l", errors.error), ("l*", errors.target)):
-        if given.shape != counts.nfp.shape:
-            raise ValueError(
-                f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for "
-                f"each positive, got {tuple(given.shape)}"
-            )
+        error, target, normaliser = errors_fn(counts)
+        errors = Errors(
+            _one_per_positive("l", error, counts),
+            _one_per_positive("l*", target, counts),
+            normaliser,
+        )
     return attach(mean_error(errors, ranking), counts, errors, ranking)
+
+
+def _one_per_positive(name: str, given: Tensor | float, counts: Counts) -> Tensor:
+    """(P,) float64 of what an errors function returned; a number stands for every positive."""
+    if isinstance(given, Tensor) and given.shape != counts.nfp.shape:
+        raise ValueError(
+            f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for "
+            f"each positive, got {tuple(given.shape)}"
+        )
+    return torch.zeros_like(counts.nfp) + given
 
 
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:

@@ -529,6 +529,19 @@ def test_wrong_errors_function_is_named():
         error_driven_loss(LOGITS, TARGETS, lambda c: (c.nfp[:1], c.nfp, 1.0))
 
 
+def test_errors_function_may_return_numbers_and_float32(algorithm):
+    logits, targets = detector_batch("mid", 200, 3, 12)
+    logits.requires_grad_()
+
+    def precision_error(counts):
+        return (counts.nfp / counts.rank).float(), 0.0, 12
+
+    loss = error_driven_loss(logits, targets, precision_error, algorithm=algorithm)
+    (got,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(ap_loss(logits, targets, algorithm=algorithm), logits)
+    assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_backend_set_once_for_a_program():
     with pytest.raises(ValueError, match="impl: expected one of"):
         set_backend(impl="numpy")
