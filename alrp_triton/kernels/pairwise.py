@@ -39,6 +39,9 @@ FAST_RANGE = tl.constexpr(4.0)
 _RANKED = 8
 _WRITTEN = 256
 
+# Positives that the gradient of the hard step sums at a time, at most.
+_HARD_FOLD = 16
+
 # What a block of positives is: how its row of the table is to be read.
 _FAST = tl.constexpr(0)  # 1/2 - s_i scale
 _EXACT = tl.constexpr(1)  # s_i
@@ -560,6 +563,8 @@ def gradient(
     with torch.cuda.device_of(scores):
         table, last, tiles, common = _prepare(scores, weights, delta, tiles)
         index, own = index.contiguous(), own.contiguous()
+        # The hard step compares and selects: with more positives at a time registers run out.
+        fold = min(tiles.fold, tiles.block, _HARD_FOLD if delta == 0 else tiles.fold)
         first = 0
         for level, target, out in zip(logits, targets, gradients, strict=True):
             size = level.numel()
@@ -581,7 +586,7 @@ def gradient(
                     WIDE=layout.wide,
                     ROWS=rows,
                     LANES=tiles.lanes,
-                    FOLD=min(tiles.fold, tiles.block),
+                    FOLD=fold,
                     **common,
                 )
             if size and index.numel():
