@@ -45,6 +45,8 @@ class SelfBalance(nn.Module):
     """
 
     weight: Tensor
+    sums: Tensor
+    iterations: Tensor
 
     def __init__(self, initial: float = 50.0, period: int | None = None) -> None:
         super().__init__()

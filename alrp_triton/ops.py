@@ -181,10 +181,10 @@ def _gradient(
     algorithm: str,
 ) -> list[Tensor]:
     module = select(impl, algorithm, scores.device)
-    positives = (index, scores, weights, own)
     if _is_reference(module):
-        positives = (x[index >= 0] for x in positives)
-    return module.gradient(logits, targets, *positives, delta, ignore_index)
+        valid = index >= 0
+        index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
+    return module.gradient(logits, targets, index, scores, weights, own, delta, ignore_index)
 
 
 def _is_reference(module: ModuleType) -> bool:

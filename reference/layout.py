@@ -159,7 +159,8 @@ def _search(
     fits = number == size if exact else number <= size
     _require(fits, f"loc_errors, values: {size} given, but targets has another number of positives")
     found = torch.full((size + 1,), -1, dtype=torch.int64, device=number.device)
-    first = before = 0
+    first = 0
+    before: int | Tensor = 0
     for mask in masks:
         if mask.device.type == "cpu":
             places = mask.nonzero()[:, 0]

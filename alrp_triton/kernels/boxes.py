@@ -39,7 +39,10 @@ def errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
 def gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
     """The gradient by `pred`, (P, 4), from that by the errors, (P,) of any stride (0 too)."""
     out = pred.new_empty(pred.shape)
-    upstream_too = {"upstream": upstream, "upstream_stride": upstream.stride(0)}
+    upstream_too: dict[str, Tensor | int] = {
+        "upstream": upstream,
+        "upstream_stride": upstream.stride(0),
+    }
     _launch(_gradient_kernel, pred, target, out, kind, tau, **upstream_too)
     return out
 

@@ -484,10 +484,12 @@ def count(
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
         a NaN score everything.
     """
-    outputs = [torch.empty_like(scores, dtype=torch.float64) for _ in range(3)]
+    nfp, rank_positive, value_sum = (
+        torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
+    )
     positives = scores.numel()
     if not positives:
-        return tuple(outputs)
+        return nfp, rank_positive, value_sum
     with torch.cuda.device_of(scores):
         table, last, tiles, common = _prepare(scores, None, delta, tiles)
         pairs = [pair for pair in zip(logits, targets, strict=True) if pair[0].numel()]
@@ -528,16 +530,16 @@ def count(
             values=values.contiguous(),
             last=last,
             partials=partials,
-            nfp=outputs[0],
-            rank_positive=outputs[1],
-            value_sum=outputs[2],
+            nfp=nfp,
+            rank_positive=rank_positive,
+            value_sum=value_sum,
             positives=positives,
             **shares,
             NUMBER=_RANKED,
             LANES=tiles.lanes,
             **common,
         )
-    return tuple(outputs)
+    return nfp, rank_positive, value_sum
 
 
 def gradient(
