@@ -1,27 +1,55 @@
 """Ranking-based losses for object detection: exact, deterministic, balanced.
 
-aLRP Loss (NeurIPS 2020) and its family, as functions and as modules. Importing this needs torch
-alone.
+aLRP Loss (NeurIPS 2020) and its family, as functions and as modules, and the metric that they aim
+at. Importing this needs torch alone.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .boxes import localisation_errors
 from .errors import Counts, Errors
 from .functional import alrp_loss, ap_loss, error_driven_loss
 from .losses import ALRPLoss, ALRPOutput, APLoss, SelfBalance
+from .matching import Matches, match_detections
 from .ops import set_backend
 
+if TYPE_CHECKING:
+    from .metrics import (
+        COCO_AREAS,
+        LRP,
+        lower_bound_scores,
+        score_iou_correlation,
+        upper_bound_scores,
+    )
+
 __all__ = [
+    "COCO_AREAS",
+    "LRP",
     "ALRPLoss",
     "ALRPOutput",
     "APLoss",
     "Counts",
     "Errors",
+    "Matches",
     "SelfBalance",
     "alrp_loss",
     "ap_loss",
     "error_driven_loss",
     "localisation_errors",
+    "lower_bound_scores",
+    "match_detections",
+    "score_iou_correlation",
     "set_backend",
+    "upper_bound_scores",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the metrics when they are asked for: torchmetrics, if there, is slow to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import metrics
+
+    return getattr(metrics, name)

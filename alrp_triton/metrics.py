@@ -1,0 +1,380 @@
+"""What the losses aim at, measured on detections: oLRP, and how scores and IoUs agree.
+
+`LRP` is the metric of Eq. 6. `score_iou_correlation` is rho of the paper's Tables 2 and 5, and
+`upper_bound_scores` and `lower_bound_scores` order scores as the two bounds of Table 5 do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .matching import (
+    Detections,
+    Image,
+    Matches,
+    Truths,
+    assign,
+    check_area,
+    check_images,
+    check_setting,
+    find_candidates,
+    gather_detections,
+    gather_truths,
+    sort_within,
+    starts,
+)
+
+try:
+    from torchmetrics import Metric
+except (ImportError, RuntimeError):  # RuntimeError: its torchvision is for another torch
+
+    class Metric(nn.Module):  # type: ignore[no-redef]
+        """The part of `torchmetrics.Metric` that a metric of this module uses, in one process."""
+
+        update: Callable[..., None]
+        compute: Callable[[], Any]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._names: list[str] = []
+
+        def add_state(self, name: str, default: list, dist_reduce_fx: str) -> None:
+            """A list of tensors that updates add to; `dist_reduce_fx` is for many processes."""
+            self._names.append(name)
+            setattr(self, name, default)
+
+        def reset(self) -> None:
+            """Forgets all updates."""
+            for name in self._names:
+                setattr(self, name, [])
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            """Adds a batch and returns the metric of this batch alone."""
+            before = {name: getattr(self, name) for name in self._names}
+            self.reset()
+            try:
+                self.update(*args, **kwargs)
+                return self.compute()
+            finally:
+                for name, earlier in before.items():
+                    setattr(self, name, earlier + getattr(self, name))
+
+
+COCO_AREAS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
+
+# What `LRP` collects, by the names of its states, when there is nothing yet.
+_NOTHING = {
+    f"{kind}_{field}": none
+    for kind, empty in (("detection", gather_detections([])), ("truth", gather_truths([])))
+    for field, none in empty._asdict().items()
+}
+
+
+_MEASURES = ("olrp", "olrp_loc", "olrp_fp", "olrp_fn")
+
+
+class LRP(Metric):
+    """Localisation-Recall-Precision error (Eq. 6) and its optimum oLRP, by class and on average.
+
+        LRP(s) = (N_FP + N_FN + sum over TP of (1 - IoU) / (1 - tau)) / (N_FP + N_FN + N_TP)
+
+    counts the detections of a class that score at least s. oLRP is its minimum over s, 0 at best
+    and 1 at worst, and its components are those at the same s:
+
+        oLRP_loc = mean over TP of 1 - IoU       oLRP_fp = N_FP / (N_TP + N_FP) = 1 - precision
+        oLRP_fn = N_FN / (N_TP + N_FN) = 1 - recall
+
+    Means are over the classes in which a value is defined. A class none of whose detections is a
+    true positive has oLRP = oLRP_fn = 1, and neither the other components nor a threshold; a class
+    without ground truth to be found has no value at all. Both are NaN in the values by class.
+
+    What is true or false is decided as COCO does, see `match_detections`.
+
+    With torchmetrics installed this is a `torchmetrics.Metric`: for a `MetricCollection`, and over
+    all ranks of a distributed evaluation. Without, it has the same methods for a single process.
+    Detections are kept (in float64, on the device they came on) until `reset()`.
+
+    Args:
+        tau: the IoU from which a detection counts as true, in [0, 1).
+        max_detections: only so many detections of an image and class count, the highest scored.
+        areas: further ranges of areas to report, name: (least, largest) in squares of the boxes'
+            unit; `COCO_AREAS` has COCO's small, medium and large.
+
+    Returns:
+        from `compute()`, a dict of float64 tensors: "olrp", "olrp_loc", "olrp_fp", "olrp_fn" ();
+        "olrp_per_class", "olrp_loc_per_class", "olrp_fp_per_class", "olrp_fn_per_class" and
+        "thresholds" (C,), the s of each class at which oLRP is reached (the highest, if several),
+        and "classes" (C,) int64, the labels seen, ascending. Of each of `areas` the same (but for
+        "classes") with its name behind: "olrp_small", "olrp_per_class_small". All NaN where no
+        class has ground truth.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came; from
+            `compute()`, for boxes and scores that are NaN, and boxes that are infinite.
+
+    Example:
+        >>> metric = LRP(tau=0.5)
+        >>> preds = [{"boxes": torch.tensor([[0.0, 0, 10, 8], [20, 20, 30, 30]]),
+        ...           "scores": torch.tensor([0.9, 0.5]), "labels": torch.tensor([1, 1])}]
+        >>> target = [{"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([1])}]
+        >>> metric.update(preds, target)
+        >>> result = metric.compute()
+        >>> round(result["olrp"].item(), 6)              # (1 - 0.8) / (1 - 0.5), at s = 0.9
+        0.4
+        >>> result["thresholds"], result["olrp_fp"].item(), result["olrp_fn"].item()
+        (tensor([0.9000], dtype=torch.float64), 0.0, 0.0)
+        >>> metric.reset()
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(
+        self,
+        tau: float = 0.5,
+        max_detections: int = 100,
+        areas: Mapping[str, tuple[float, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_setting(tau, max_detections)
+        for name, area in (areas or {}).items():
+            check_area(f"areas[{name!r}]", area)
+        super().__init__(**kwargs)
+        self.tau = tau
+        self.max_detections = max_detections
+        self.areas = dict(areas or {})
+        for name in _NOTHING:
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, preds: Sequence[Image], target: Sequence[Image]) -> None:
+        """Adds detections and ground truth of some images, given as in `match_detections`."""
+        check_images(preds, target)
+        self._append((*gather_detections(preds), *gather_truths(target)))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metric over all images since the last `reset()`: see Returns of the class."""
+        states = [_joined(getattr(self, name), none) for name, none in _NOTHING.items()]
+        found = Detections(*states[: len(Detections._fields)])
+        truths = Truths(*states[len(Detections._fields) :])
+        candidates = find_candidates(found, truths, self.tau, self.max_detections)
+        classes = torch.cat([found.labels, truths.labels]).unique()
+        result = {}
+        for name, area in {"": (0.0, math.inf), **self.areas}.items():
+            by_class = optimal_lrp(assign(candidates, area), classes, self.tau)
+            suffix = f"_{name}" if name else ""
+            result[f"thresholds{suffix}"] = by_class["thresholds"]
+            for measure in _MEASURES:
+                result[f"{measure}{suffix}"] = by_class[measure].nanmean()
+                result[f"{measure}_per_class{suffix}"] = by_class[measure]
+        return {**result, "classes": classes}
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gathers the images of all ranks (torchmetrics), also where this one has none."""
+        if not self.detection_counts:
+            self._append(none.to(self.device) for none in _NOTHING.values())
+        super().sync(*args, **kwargs)
+
+    def _wrap_compute(self, compute: Callable) -> Callable:
+        """Keeps (1,) for a single class, of which torchmetrics would make ()."""
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def shaped() -> dict[str, Tensor]:
+            result = wrapped()
+            means = (*_MEASURES, *(f"{m}_{name}" for m in _MEASURES for name in self.areas))
+            return {k: v if k in means else v.reshape(-1) for k, v in result.items()}
+
+        return shaped
+
+    def _append(self, states: Iterable[Tensor]) -> None:
+        for name, values in zip(_NOTHING, states, strict=True):
+            getattr(self, name).append(values)
+
+
+def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tensor]:
+    """oLRP, its components and thresholds of each class, (C,) float64; `classes` ascending."""
+    device, num_classes = classes.device, len(classes)
+    truth_classes = torch.searchsorted(classes, matches.truth_labels[matches.counted])
+    positives = torch.bincount(truth_classes, minlength=num_classes)
+
+    # The detections that count, by class and in descending order of score.
+    order = (matches.true | matches.false).nonzero().squeeze(1)
+    order = order[sort_within(matches.scores[order], matches.labels[order], descending=True)]
+    scores, true = matches.scores[order], matches.true[order]
+    label = torch.searchsorted(classes, matches.labels[order])
+
+    # Sums in fixed point are exact: the same in any order, on any device. Below 2^62 in all.
+    unit = 2.0 ** min(62 - len(order).bit_length(), 52)
+    errors = torch.where(true, 1 - matches.ious[order], 0.0) * unit
+    tp = _cumsum_within(true.long(), label)
+    fp = _cumsum_within((~true).long(), label)
+    loc = _cumsum_within(errors.round().long(), label) / unit
+    total = fp + positives[label]  # N_FP + N_FN + N_TP
+    lrp = (fp + positives[label] - tp + loc / (1 - tau)) / total
+
+    # A threshold keeps all detections that score the same. Without a true positive LRP is 1.
+    ends = (starts(scores) | starts(label)).roll(-1)
+    at = (ends & (tp > 0)).nonzero().squeeze(1)
+    olrp = torch.full((num_classes,), math.inf, dtype=torch.float64, device=device)
+    olrp = olrp.scatter_reduce(0, label[at], lrp[at], "amin")
+    at = at[lrp[at] == olrp[label[at]]]
+    at = at[torch.searchsorted(label[at], label[at].unique())]  # the highest score of several
+    label, tp, fp = label[at], tp[at], fp[at]
+
+    def spread(values: Tensor, otherwise: float) -> Tensor:
+        by_class = torch.full((num_classes,), otherwise, dtype=torch.float64, device=device)
+        by_class[label] = values
+        return by_class.where(positives > 0, math.nan)
+
+    return {
+        "olrp": olrp.clamp(max=1).where(positives > 0, math.nan),
+        "olrp_loc": spread(loc[at] / tp, math.nan),
+        "olrp_fp": spread(fp / (tp + fp), math.nan),
+        "olrp_fn": spread((positives[label] - tp) / positives[label], 1.0),
+        "thresholds": spread(scores[at], math.nan),
+    }
+
+
+def _joined(parts: Tensor | list[Tensor], nothing: Tensor) -> Tensor:
+    """A state is a list of tensors, or one tensor after torchmetrics gathered it."""
+    if isinstance(parts, Tensor):
+        return parts
+    return torch.cat(parts) if parts else nothing
+
+
+def _cumsum_within(values: Tensor, groups: Tensor) -> Tensor:
+    """Running sums of integers that begin anew where `groups`, ascending, changes; float64."""
+    sums = values.cumsum(0)
+    first = torch.searchsorted(groups, groups)
+    return (sums - (sums - values)[first]).double()
+
+
+def score_iou_correlation(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
+    """rho of Tables 2 and 5: Pearson's correlation of the ranks of scores and IoUs, class by class.
+
+    This is Spearman's rank correlation; equal values share their mean rank. Over which detections
+    the paper takes it is not said; the true positives at IoU 0.5 of `match_detections` are meant
+    here.
+
+    Args:
+        scores: (T,) scores of the true positives, or logits.
+        ious: (T,) their IoUs with the ground truth that they match.
+        labels: (T,) integer classes, over which the mean is taken; None for a single class.
+
+    Returns:
+        () float64 in [-1, 1]: the mean over the classes that have at least two different scores and
+        two different IoUs, NaN where none has.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> preds = [{"boxes": torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 6], [40, 0, 48, 7]]),
+        ...           "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.tensor([1, 1, 1])}]
+        >>> target = [{"boxes": torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 8], [40, 0, 48, 8]]),
+        ...            "labels": torch.tensor([1, 1, 1])}]
+        >>> from alrp_triton import match_detections
+        >>> matches = match_detections(preds, target)
+        >>> scores, ious = matches.scores[matches.true], matches.ious[matches.true]
+        >>> score_iou_correlation(scores, ious, matches.labels[matches.true]).item()
+        0.5
+    """
+    classes, num_classes = _check_scored(scores, ious, labels)
+    a, b = (_centred_ranks(values, classes, num_classes) for values in (scores, ious))
+    zeros = torch.zeros(num_classes, dtype=torch.int64, device=scores.device)
+    products, squares, other_squares = (
+        zeros.index_add(0, classes, product).double() for product in (a * b, a * a, b * b)
+    )
+    spread = (squares * other_squares).sqrt()
+    return (products / spread).where(spread > 0, math.nan).nanmean()
+
+
+def upper_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The same scores, given to the true positives of each class in the order of their IoUs.
+
+    The upper bound of Table 5: localisation ranks exactly as classification does, rho is 1. True
+    and false positives stand where they stood, so AP at the IoU of the matching stays what it was,
+    as long as the detections are not matched anew (two of one object may then change roles).
+
+    Args:
+        scores, ious, labels: (T,) as in `score_iou_correlation`.
+
+    Returns:
+        (T,) scores, of the dtype of `scores`; of equal IoUs the former gets the higher score.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> upper_bound_scores(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.6, 0.8, 0.7]))
+        tensor([0.7000, 0.9000, 0.8000])
+    """
+    return _reordered(scores, ious, labels, descending=True)
+
+
+def lower_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The same scores, given to the true positives of each class against the order of their IoUs.
+
+    The lower bound of Table 5: localisation ranks inversely to classification, rho is -1. Arguments
+    and result as in `upper_bound_scores`.
+
+    Example:
+        >>> lower_bound_scores(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.6, 0.8, 0.7]))
+        tensor([0.9000, 0.7000, 0.8000])
+    """
+    return _reordered(scores, ious, labels, descending=False)
+
+
+def _reordered(scores: Tensor, ious: Tensor, labels: Tensor | None, descending: bool) -> Tensor:
+    classes, _ = _check_scored(scores, ious, labels)
+    by_score = sort_within(scores, classes, descending=True)
+    by_iou = sort_within(ious, classes, descending)
+    result = torch.empty_like(scores)
+    result[by_iou] = scores[by_score]
+    return result
+
+
+def _centred_ranks(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Twice the rank of each value within its class, less the mean: integers, int64."""
+    order = sort_within(values, classes)
+    values, sorted_classes = values[order], classes[order]
+    new = starts(values) | starts(sorted_classes)
+    ties = new.cumsum(0) - 1
+    first = new.nonzero().squeeze(1)
+    last = torch.cat([first[1:], first.new_tensor([len(values)])]) - 1
+    twice = (first + last)[ties]  # twice the mean place of equal values
+    ends = torch.bincount(classes, minlength=num_classes).cumsum(0)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    result = torch.empty_like(twice)
+    result[order] = twice - (begins + ends - 1)[sorted_classes]
+    return result
+
+
+def _check_scored(scores: Tensor, ious: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
+    """The index of each class among those that occur, and their number; checks all three."""
+    for name, values in (("scores", scores), ("ious", ious), ("labels", labels)):
+        if name == "labels" and values is None:
+            continue
+        floating = name != "labels"
+        if not isinstance(values, Tensor) or values.is_floating_point() != floating:
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            kind = "a floating tensor" if floating else "an integer tensor"
+            raise TypeError(f"{name}: expected {kind}, got {got}")
+        expected = "(T,)" if name == "scores" else f"{tuple(scores.shape)} like scores"
+        if values.dim() != 1 or values.shape != scores.shape:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(values.shape)}")
+        if values.device != scores.device:
+            raise ValueError(f"{name}: expected on {scores.device}, got {values.device}")
+        if floating and values.isnan().any():
+            raise ValueError(f"{name}: expected numbers, got NaN")
+    if labels is None:
+        return torch.zeros_like(scores, dtype=torch.int64), 1
+    values, classes = labels.unique(return_inverse=True)
+    return classes, len(values)
