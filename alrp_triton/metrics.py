@@ -75,7 +75,6 @@ _NOTHING = {
     for field, none in empty._asdict().items()
 }
 
-
 _MEASURES = ("olrp", "olrp_loc", "olrp_fp", "olrp_fn")
 
 
@@ -154,7 +153,11 @@ class LRP(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, preds: Sequence[Image], target: Sequence[Image]) -> None:
-        """Adds detections and ground truth of some images, given as in `match_detections`."""
+        """Adds detections and ground truth of some images, given as in `match_detections`.
+
+        Each image once, with all that was found in it, also those in which nothing was: what they
+        have is missed, and counts.
+        """
         check_images(preds, target)
         self._append((*gather_detections(preds), *gather_truths(target)))
 
@@ -177,7 +180,7 @@ class LRP(Metric):
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gathers the images of all ranks (torchmetrics), also where this one has none."""
-        if not self.detection_counts:
+        if len(self.detection_counts) == 0:
             self._append(none.to(self.device) for none in _NOTHING.values())
         super().sync(*args, **kwargs)
 
@@ -222,10 +225,8 @@ def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tens
     # A threshold keeps all detections that score the same. Without a true positive LRP is 1.
     ends = (starts(scores) | starts(label)).roll(-1)
     at = (ends & (tp > 0)).nonzero().squeeze(1)
-    olrp = torch.full((num_classes,), math.inf, dtype=torch.float64, device=device)
-    olrp = olrp.scatter_reduce(0, label[at], lrp[at], "amin")
-    at = at[lrp[at] == olrp[label[at]]]
-    at = at[torch.searchsorted(label[at], label[at].unique())]  # the highest score of several
+    at = at[sort_within(lrp[at], label[at])]
+    at = at[starts(label[at])]  # the least of each class; of several the highest score
     label, tp, fp = label[at], tp[at], fp[at]
 
     def spread(values: Tensor, otherwise: float) -> Tensor:
@@ -234,7 +235,7 @@ def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tens
         return by_class.where(positives > 0, math.nan)
 
     return {
-        "olrp": olrp.clamp(max=1).where(positives > 0, math.nan),
+        "olrp": spread(lrp[at].clamp(max=1), 1.0),  # above 1 by a rounding
         "olrp_loc": spread(loc[at] / tp, math.nan),
         "olrp_fp": spread(fp / (tp + fp), math.nan),
         "olrp_fn": spread((positives[label] - tp) / positives[label], 1.0),

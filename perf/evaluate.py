@@ -1,17 +1,14 @@
-"""Detections of a trained detector, and what they are worth: COCO AP and rank correlation."""
+"""Detections of a trained detector, and what they are worth: COCO AP, oLRP, rank correlation."""
 
 from __future__ import annotations
-
-import warnings
-from collections import defaultdict
 
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from scipy.stats import ConstantInputWarning, spearmanr
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
 
+from alrp_triton import LRP, match_detections, score_iou_correlation
 from perf.digits import CANVAS, NUM_CLASSES
 
 Boxes = list[dict[str, Tensor]]  # per image: boxes (T, 4) xyxy, labels (T,), and scores if detected
@@ -29,51 +26,32 @@ def detect(model: RetinaNet, images: list[Tensor], device: torch.device, batch: 
 
 
 def evaluate(detections: Boxes, truths: Boxes) -> dict[str, float]:
-    """AP, AP50, AP75, AP90 as COCO defines them, in [0, 1], and rho, in [-1, 1].
+    """AP, AP50, AP75, AP90 as COCO defines them and oLRP, in [0, 1], and rho, in [-1, 1].
 
-    `rho` is Spearman's rank correlation of score and IoU over the true positives at IoU 0.5 (as
-    COCO matches them), averaged over the classes that have at least three; NaN where none has.
+    oLRP is that of `LRP`, and rho that of `score_iou_correlation` over the true positives, both at
+    IoU 0.5 as COCO matches; rho is NaN where there is nothing to correlate.
     """
-    coco = _evaluated(detections, truths)
+    ground_truth = COCO(_coco_dataset(truths))
+    coco = COCOeval_faster(ground_truth, ground_truth.loadRes(_coco_results(detections)), "bbox")
+    coco.evaluate()
+    coco.accumulate()
     precision = coco.eval["precision"][..., 0, -1]  # (IoUs, recalls, classes): all areas, 100 dets
     metrics = {"AP": _mean_precision(precision)}
     for percent in (50, 75, 90):
         at_iou = np.isclose(coco.params.iouThrs, percent / 100)
         metrics[f"AP{percent}"] = _mean_precision(precision[at_iou])
-    metrics["rho"] = _rank_correlation(_evaluated(detections, truths, iou=0.5))
+    lrp = LRP(tau=0.5)
+    lrp.update(detections, truths)
+    metrics["oLRP"] = lrp.compute()["olrp"].item()
+    matches = match_detections(detections, truths, tau=0.5)
+    true_positives = (matches.scores, matches.ious, matches.labels)
+    metrics["rho"] = score_iou_correlation(*(part[matches.true] for part in true_positives)).item()
     return metrics
-
-
-def _evaluated(detections: Boxes, truths: Boxes, iou: float | None = None) -> COCOeval_faster:
-    """COCO's evaluation over all its IoU thresholds or a single one."""
-    ground_truth = COCO(_coco_dataset(truths))
-    coco = COCOeval_faster(ground_truth, ground_truth.loadRes(_coco_results(detections)), "bbox")
-    if iou is not None:
-        coco.params.iouThrs = np.array([iou])
-    coco.evaluate()
-    coco.accumulate()
-    return coco
 
 
 def _mean_precision(precision: np.ndarray) -> float:
     present = precision > -1  # -1: no ground truth of the class
     return float(precision[present].mean()) if present.any() else float("nan")
-
-
-def _rank_correlation(coco: COCOeval_faster) -> float:
-    pairs = defaultdict(list)
-    for ids, iou in coco.eval["matched"].items():
-        detection = coco.cocoDt.anns[int(ids.split("_")[0])]
-        pairs[detection["category_id"]].append((detection["score"], iou))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)  # its NaN is left out below
-        rhos = [
-            spearmanr(*zip(*scored, strict=True)).statistic
-            for scored in pairs.values()
-            if len(scored) >= 3
-        ]
-    rhos = [rho for rho in rhos if np.isfinite(rho)]
-    return float(np.mean(rhos)) if rhos else float("nan")
 
 
 def _coco_dataset(truths: Boxes) -> dict:

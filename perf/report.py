@@ -13,11 +13,12 @@ import torch
 MEASURES = ("AP", "AP50", "AP75", "AP90", "oLRP", "rho", "ms/it", "loss share")
 
 NOTES = """\
-AP as COCO defines it, in percent. oLRP: "-", the evaluator does not offer it. rho: Spearman's rank
-correlation of score and IoU over true positives (IoU 0.5), mean over classes. neg/pos: summed
-gradient magnitude by the logits of negatives over that of positives, lowest to highest iteration.
-ms/it: median of forward, loss, backward and optimiser; drawing the canvases is not counted.
-loss share: of these, the time in the loss, forward and backward. +-: standard deviation over seeds.
+AP as COCO defines it, in percent. oLRP: optimal LRP error at IoU 0.5, mean over classes, in
+percent, lower is better. rho: Spearman's rank correlation of score and IoU over true positives (IoU
+0.5), mean over classes. neg/pos: summed gradient magnitude by the logits of negatives over that of
+positives, lowest to highest iteration. ms/it: median of forward, loss, backward and optimiser;
+drawing the canvases is not counted. loss share: of these, the time in the loss, forward and
+backward. +-: standard deviation over seeds.
 "Focal" is torchvision's own loss. Learning rates and data were chosen after seeing results; seeds
 differ by several AP, and which loss leads depends on --steps and --opt.
 """

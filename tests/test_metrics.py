@@ -731,7 +731,7 @@ def test_without_torchmetrics():
         print(before["olrp"].item())
         """
     )
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert float(printed) == evaluate(*random_images(2))["olrp"].item()
 
@@ -788,7 +788,7 @@ def test_over_ranks(tmp_path):
     ]
     expected = evaluate(*random_images(5, seed=9), areas=COCO_AREAS)
     for process in ranks:
-        printed, _ = process.communicate(timeout=180)
+        printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0
         assert printed.strip() == str(
             [expected[name].tolist() for name in ("olrp", "olrp_small", "thresholds")]
@@ -803,7 +803,30 @@ def test_metrics_are_loaded_when_asked_for():
         print(alrp_triton.LRP.__name__)
         """
     )
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=300)
     assert printed.split() == ["False", "False", "LRP"]
     with pytest.raises(AttributeError, match="'nothing'"):
         _ = alrp_triton.nothing
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """The same numbers, also where only deterministic algorithms are allowed."""
+    images = random_images(9, seed=10, grid=4)
+    on_gpu = [[{k: v.cuda() for k, v in image.items()} for image in part] for part in images]
+    torch.use_deterministic_algorithms(True)
+    try:
+        metric = LRP(areas=COCO_AREAS)
+        metric.update(*on_gpu)
+        result = metric.compute()
+        matches = match_detections(*on_gpu)
+        true = [part[matches.true] for part in (matches.scores, matches.ious, matches.labels)]
+        rho, bound = score_iou_correlation(*true), upper_bound_scores(*true)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, values in evaluate(*images, areas=COCO_AREAS).items():
+        assert result[name].is_cuda
+        np.testing.assert_allclose(result[name].cpu(), values, rtol=1e-14)
+    on_cpu = [part.cpu() for part in true]
+    assert rho.item() == score_iou_correlation(*on_cpu).item()
+    assert torch.equal(bound.cpu(), upper_bound_scores(*on_cpu))

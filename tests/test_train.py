@@ -101,7 +101,7 @@ def with_scores(truths, boxes=lambda boxes: boxes):
 
 def test_perfect_detections(truths):
     measures = evaluate(with_scores(truths), truths)
-    assert [measures[name] for name in ("AP", "AP50", "AP75", "AP90")] == [1, 1, 1, 1]
+    assert [measures[name] for name in ("AP", "AP50", "AP75", "AP90", "oLRP")] == [1, 1, 1, 1, 0]
     assert np.isnan(measures["rho"])  # every IoU is 1: there is nothing to correlate
 
 
@@ -112,7 +112,7 @@ def test_no_detections(truths):
         "scores": torch.zeros(0),
     }
     measures = evaluate([nothing] * len(truths), truths)
-    assert [measures[name] for name in ("AP", "AP50", "AP75", "AP90")] == [0, 0, 0, 0]
+    assert [measures[name] for name in ("AP", "AP50", "AP75", "AP90", "oLRP")] == [0, 0, 0, 0, 1]
     assert np.isnan(measures["rho"])
 
 
@@ -123,7 +123,7 @@ def test_detections_at_a_known_iou(truths):
 
     apart = [{key: value[:1] for key, value in truth.items()} for truth in truths]
     measures = evaluate(with_scores(apart, lower_part), apart)
-    expected = {"AP": 0.7, "AP50": 1, "AP75": 1, "AP90": 0}
+    expected = {"AP": 0.7, "AP50": 1, "AP75": 1, "AP90": 0, "oLRP": 0.18 / 0.5}
     assert {name: measures[name] for name in expected} == pytest.approx(expected)
 
 
