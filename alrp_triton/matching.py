@@ -138,39 +138,42 @@ def find_candidates(
 
 
 def assign(candidates: Candidates, area: tuple[float, float]) -> Matches:
-    """Matches greedily: a step for each place in the ranking, over all images and classes."""
-    detections, truths, order, ranks, detection, truth, ious = candidates
+    """What becomes of the detections, where ground truth of this range of areas is to be found."""
+    detections, truths, order = candidates.detections, candidates.truths, candidates.order
     least, largest = area
     ignored = truths.crowds | (truths.areas < least) | (truths.areas > largest)
-
-    # By rank, then by detection, then what is to be found before what is not; then best first.
-    key = (ranks[detection] * len(order) + detection) * 2 + ignored[truth]
-    turn = _sort(key)
-    detection, truth, ious = detection[turn], truth[turn], ious[turn]
-    turns = torch.arange(int(ranks.max()) + 2 if len(ranks) else 1, device=ranks.device)
-    edges = torch.searchsorted(ranks[detection], turns).tolist()
-    taken = torch.zeros_like(truths.crowds)
-    chosen = []
-    for start, stop in itertools.pairwise(edges):
-        free = start + (~taken[truth[start:stop]]).nonzero().squeeze(1)
-        best = free[starts(detection[free])]
-        taken[truth[best]] = ~truths.crowds[truth[best]]
-        chosen.append(best)
-    taking = torch.cat(chosen) if chosen else order[:0]
+    taken = _take(candidates, ignored)
+    found, truth = order[candidates.detection[taken]], candidates.truth[taken]
 
     # In the order given. Detections that were not looked at stay neither true nor false.
-    found = order[detection[taking]]
-    match_ious = torch.zeros_like(detections.scores)
-    match_ious[found] = ious[taking]
+    ious = torch.zeros_like(detections.scores)
+    ious[found] = candidates.ious[taken]
     true = torch.zeros_like(detections.labels, dtype=torch.bool)
-    true[found] = ~ignored[truth[taking]]
-    areas = _areas(detections.boxes[order])
+    true[found] = ~ignored[truth]
     false = torch.zeros_like(true)
+    areas = _areas(detections.boxes[order])
     false[order] = (areas >= least) & (areas <= largest)
     false[found] = False
-    return Matches(
-        detections.scores, detections.labels, match_ious, true, false, truths.labels, ~ignored
-    )
+    return Matches(detections.scores, detections.labels, ious, true, false, truths.labels, ~ignored)
+
+
+def _take(candidates: Candidates, ignored: Tensor) -> Tensor:
+    """Which of the pairs are taken: a step for each rank, over all images and classes."""
+    truths, ranks = candidates.truths, candidates.ranks
+    # By rank, then by detection, then what is to be found before what is not; then best first.
+    key = ranks[candidates.detection] * len(ranks) + candidates.detection
+    turn = _sort(key * 2 + ignored[candidates.truth])
+    detection, truth = candidates.detection[turn], candidates.truth[turn]
+    steps = torch.arange(int(ranks.max()) + 2 if len(ranks) else 1, device=ranks.device)
+    edges = torch.searchsorted(ranks[detection], steps).tolist()
+    gone = torch.zeros_like(truths.crowds)
+    taken = [turn[:0]]
+    for start, stop in itertools.pairwise(edges):
+        free = start + (~gone[truth[start:stop]]).nonzero().squeeze(1)
+        best = free[starts(detection[free])]
+        gone[truth[best]] = ~truths.crowds[truth[best]]
+        taken.append(turn[best])
+    return torch.cat(taken)
 
 
 def _groups(detections: Detections, truths: Truths) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,7 @@ class LRP(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    detection_counts: list[Tensor]
 
     def __init__(
         self,
