@@ -550,10 +550,10 @@ def test_average_precision_is_cocos(grid):
 
 @pytest.mark.skipif("ALRP_COCO100" not in os.environ, reason="ALRP_COCO100: folder with the data")
 def test_the_authors_figures_on_coco():
-    """oLRP of the COCO API's fake detections, as the authors' code gives it, to every digit shown.
+    """oLRP of the COCO API's fake detections, as the authors give it, to every digit shown.
 
-    Their figures leave out image 1063, which has one object and no detection; with it oLRP is
-    0.501. AP50 of all 100 images is the 0.697 that the COCO API prints.
+    All four come out over the 99 images with detections. Image 1063 has one object and none, and
+    with it oLRP is 0.501, so their figures seem to leave it out. AP50 of all 100 images is 0.697.
     """
     folder = Path(os.environ["ALRP_COCO100"])
     annotations = json.loads((folder / "annotations.json").read_text())
