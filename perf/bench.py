@@ -1,188 +1,333 @@
-"""Times the package beside what people use instead, on the CPU: `python -m perf.bench`.
+"""Times the package beside what people use instead: `python -m perf.bench`.
 
 Every row is forward + backward of one call, interleaved with the other variants in rounds, after
-the gradient was held to the float64 reference; without parity there is no time.
+its value and gradient were held to the truth in float64; without parity there is no time. Runs on
+a CPU within three minutes, and on a GPU where there is one. perf/README.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import math
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alrp_triton import alrp_loss
 
-from .variants import VARIANTS, Variant
+from . import peers
+from .bench_report import to_markdown, write
+from .parity import Parity, Truth, compare
+from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
+from .variants import OURS, VARIANTS, Variant
 from .workloads import (
-    DISTRIBUTIONS,
+    CELLS,
+    Cell,
+    Inputs,
     coco_images,
+    draw,
     draw_logits,
-    draw_targets,
     drawn_images,
     retinanet_targets,
 )
 
+# A slow variant gets as many rounds as fit into these seconds, and no fewer than this.
+_SECONDS, _FEWEST = 2.0, 3
+# Runs of each: on a GPU they cost little.
+_ROUNDS = {"cpu": 7, "cuda": 20}
+_MINUTES = {"cpu": 2.5, "cuda": 9.0}
 
-def run_once(variant: Variant, logits: Tensor, targets: Tensor, loc_errors: Tensor) -> Tensor:
-    """Forward and backward; the gradient by the logits."""
-    leaf = logits.detach().requires_grad_()
-    variant.loss(leaf, targets, loc_errors).backward()
-    return leaf.grad
+Drop = Callable[[str, str, Iterable[Cell]], None]
 
 
-def compare(
-    variants: dict[str, Variant],
-    distribution: str,
-    num_logits: int,
-    num_positives: int,
+def run(
+    cells: Sequence[Cell],
+    variants: Mapping[str, Variant],
+    device: torch.device,
     rounds: int,
-    classes: int = 80,
-    tolerance: float = 1e-5,
-) -> list[dict]:
-    """One row a variant; `seconds` is None where its gradient is not the reference's.
+    until: float | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Fills the table of cells and variants.
 
-    The error is the largest one beside the reference's gradient in float64, over the largest
-    gradient. The variants run once each a round, in turn.
+    Args:
+        cells: the workloads, the most important first.
+        variants: what is timed, by name. If `OURS` cannot run, that is an error; every other one
+            is left out with the reason.
+        device: where everything runs.
+        rounds: runs of each variant in a cell; fewer for one that takes long.
+        until: `time.monotonic()` from which on no further cell begins.
+        progress: whether to say on stderr what was measured.
+
+    Returns:
+        "machine"; "bandwidth" of a copy in bytes a second; "rows", one for each cell and variant
+        that ran; "dropped", what did not, with the reason ("why") and the cells.
     """
-    indices = draw_targets(num_logits // classes, classes, num_positives)
-    logits = draw_logits(indices, classes, distribution)
-    loc_errors = torch.rand(num_positives, generator=torch.Generator().manual_seed(1))
-    leaf = logits.double().requires_grad_()
-    alrp_loss(leaf, indices, loc_errors.double(), impl="torch")[0].backward()
+    about, bandwidth = machine(device), copy_bandwidth(device)
+    shared = {key: about[key] for key in ("device", "torch", "triton", "torchvision")}
+    table: list[dict[str, Any]] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
 
-    largest = leaf.grad.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    def drop(variant: str, why: str, where: Iterable[Cell]) -> None:
+        left_out.setdefault((variant, why), []).extend(map(str, where))
 
-    inputs, errors, times = {}, {}, {}
-    for name, variant in variants.items():
-        inputs[name] = (variant, logits, variant.prepare(logits, indices), loc_errors)
-        gradient = run_once(*inputs[name]).double()
-        error = float((gradient - leaf.grad).abs().max() / largest)
-        errors[name] = error if variant.ranks else None
-        if not variant.ranks or error <= tolerance:
-            times[name] = []
-    for _ in range(rounds):
-        for name in times:
-            start = time.perf_counter()
-            run_once(*inputs[name])
-            times[name].append(time.perf_counter() - start)
-    return [
-        {
-            "variant": name,
-            "distribution": distribution,
-            "N": logits.numel(),
-            "P": num_positives,
-            "error": errors[name],
-            "seconds": statistics.median(times[name]) if name in times else None,
-            "least": min(times[name]) if name in times else None,
-            "most": max(times[name]) if name in times else None,
-        }
-        for name in variants
+    for number, cell in enumerate(cells):
+        if until is not None and time.monotonic() >= until:
+            drop("every variant", "no time was left", cells[number:])
+            break
+        rows = _fill(cell, variants, device, rounds, until, drop)
+        for row in rows:
+            floor = row["bytes"] / bandwidth
+            share = None if row["seconds"] is None else floor / row["seconds"]
+            table.append({**row, "floor": floor, "share": share, **shared})
+        if progress:
+            _say(f"{number + 1}/{len(cells)}  {cell}", rows)
+    dropped = [
+        {"variant": variant, "why": why, "cells": where}
+        for (variant, why), where in left_out.items()
     ]
+    return {"machine": about, "bandwidth": bandwidth, "rows": table, "dropped": dropped}
 
 
-def retinanet_call(annotations: Path | None, images: int = 4) -> dict:
-    """One RetinaNet-sized call on CPU: seconds, and what forward takes beyond the logits."""
+def forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What is timed: the value, and the gradient by the logits."""
+    leaf = logits.detach().requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    assert leaf.grad is not None
+    return value, leaf.grad
+
+
+def _fill(
+    cell: Cell,
+    variants: Mapping[str, Variant],
+    device: torch.device,
+    rounds: int,
+    until: float | None,
+    drop: Drop,
+) -> list[dict[str, Any]]:
+    """The rows of one cell: what is known without the machine."""
+    inputs = draw(cell, device)
+    calls, parities = _hold_to_truth(cell, variants, inputs, device, drop)
+    right = {name: call for name, call in calls.items() if parities[name].holds}
+    seconds = _take_times(right, device, rounds, until) if right else {}
+    ours = seconds.get(OURS, [])
+    rows = []
+    for name, parity in parities.items():
+        row = {
+            "variant": name,
+            "distribution": cell.distribution,
+            "dtype": cell.dtype,
+            "N": inputs.logits.numel(),
+            "P": cell.positives,
+            "delta": cell.delta,
+            # Forward reads the logits, backward reads them again and writes the gradient.
+            "bytes": 3 * inputs.logits.nbytes,
+            "parity": parity.holds,
+            "error": _finite(parity.error),
+            "tolerance": parity.tolerance,
+            "value_error": _finite(parity.value_error),
+            "value_tolerance": parity.value_tolerance,
+        }
+        if name in right:
+            extra = peak_memory(right[name], device)
+            gradient = inputs.logits.nbytes
+            row |= _timed(seconds[name], ours, None if extra is None else extra - gradient)
+        else:
+            row |= _timed([], ours, None)
+        rows.append(row)
+    return rows
+
+
+def _timed(seconds: list[float], ours: list[float], extra: int | None) -> dict[str, Any]:
+    """The columns that a variant gets only if it is right."""
+    times = Times.of(seconds) if seconds else None
+    return {
+        "rounds": len(seconds),
+        "seconds": times and times.median,
+        "least": times and times.least,
+        "most": times and times.most,
+        "ratio": _ratio(seconds, ours),
+        # Less than nothing: the process still had pages, which the gradient took.
+        "extra_bytes": extra if extra is None else max(0, extra),
+    }
+
+
+def _hold_to_truth(
+    cell: Cell,
+    variants: Mapping[str, Variant],
+    inputs: Inputs,
+    device: torch.device,
+    drop: Drop,
+) -> tuple[dict[str, Callable[[], object]], dict[str, Parity]]:
+    """Runs each variant once; what can run, as calls, and how right it is."""
+    truths: dict[Callable[[Inputs], Truth], Truth] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    parities = {}
+    for name, variant in variants.items():
+        why = variant.limit(cell, device.type)
+        if why is None:
+            try:
+                call = partial(forward_backward, variant.bind(inputs), inputs.logits)
+                value, gradient = call()
+            except Exception as error:  # other people's code and compilers raise anything
+                if name == OURS:
+                    raise
+                why = _first_line(error)
+        if why is not None:
+            drop(name, why, [cell])
+            continue
+        if variant.truth not in truths:
+            truths[variant.truth] = variant.truth(inputs)
+        calls[name] = call
+        parities[name] = compare(value, gradient, truths[variant.truth])
+    return calls, parities
+
+
+def _take_times(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    until: float | None,
+) -> dict[str, list[float]]:
+    """Seconds of each call. The n-th runs of all calls that have one stand side by side.
+
+    A slow call takes part in the first rounds only; `OURS` in all of them.
+    """
+    warm = interleave(calls, device, rounds=1, warmup=0)
+    wanted = {
+        name: min(rounds, max(_FEWEST, int(_SECONDS / max(taken[0], 1e-9))))
+        for name, taken in warm.items()
+    }
+    if OURS in wanted:
+        wanted[OURS] = max(wanted.values())
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    done = 0
+    for last in sorted(set(wanted.values())):
+        taking_part = {name: call for name, call in calls.items() if wanted[name] >= last}
+        taken = interleave(taking_part, device, last - done, warmup=0, until=until)
+        for name in taking_part:
+            seconds[name] += taken[name]
+        done = last
+        if until is not None and time.monotonic() >= until:
+            break
+    return seconds
+
+
+def _ratio(seconds: list[float], ours: list[float]) -> float | None:
+    """Median over the rounds that both ran in of their time over ours."""
+    if not seconds or not ours:
+        return None
+    return statistics.median(s / o for s, o in zip(seconds, ours, strict=False))
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN."""
+    return number if math.isfinite(number) else None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _say(title: str, rows: list[dict[str, Any]]) -> None:
+    times = (
+        f"{row['variant']} {row['seconds'] * 1e3:.3g} ms"
+        if row["parity"]
+        else f"{row['variant']} wrong"
+        for row in rows
+    )
+    print(f"{title}\n    {'; '.join(times)}", file=sys.stderr, flush=True)
+
+
+def retinanet_call(
+    annotations: Path | None, images: int = 4, device: torch.device | None = None
+) -> dict[str, Any]:
+    """One RetinaNet-sized call on boxes, real ones if there are: seconds, and forward's memory."""
+    device = device or torch.device("cpu")
     boxes = coco_images(annotations, images) if annotations else drawn_images(images)
     targets = retinanet_targets(boxes)
-    logits = draw_logits(targets, 80, "mid").requires_grad_()
-    loc_errors = torch.rand(int((targets >= 0).sum()), requires_grad=True)
-    memory = PeakMemory()
-    start = time.perf_counter()
-    cls, loc = alrp_loss(logits, targets, loc_errors)
-    forward = time.perf_counter() - start
-    extra = memory.grown()
-    (cls + loc).backward()
+    logits = draw_logits(targets, 80, "mid").to(device)
+    loc_errors = torch.rand(int((targets >= 0).sum())).to(device)
+    ignored = int((targets == -100).sum()) * 80
+    targets = targets.to(device)
+
+    def forward() -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        cls, loc = alrp_loss(leaf, targets, loc_errors.detach().requires_grad_())
+        return cls + loc
+
+    extra = peak_memory(forward, device)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": forward,
+        "both": lambda: forward().backward(),
+    }
+    seconds = interleave(calls, device, rounds=3)
     return {
         "boxes": annotations.name if annotations else "drawn",
         "N": logits.numel(),
         "P": loc_errors.numel(),
-        "ignored": int((targets == -100).sum()) * 80,
-        "forward_s": forward,
-        "forward_backward_s": time.perf_counter() - start,
-        "forward_extra_share": None if extra is None else extra / (logits.numel() * 4),
+        "ignored": ignored,
+        "forward_s": Times.of(seconds["forward"]).median,
+        "forward_backward_s": Times.of(seconds["both"]).median,
+        "forward_extra_share": None if extra is None else extra / logits.nbytes,
     }
 
 
-class PeakMemory:
-    """Growth of this process' largest resident size since its making; Linux only."""
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-            self._before = self._peak()
-        except OSError:
-            self._before = None
-
-    def grown(self) -> int | None:
-        """Bytes, or None where the system does not tell."""
-        return None if self._before is None else self._peak() - self._before
-
-    @staticmethod
-    def _peak() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def machine() -> dict[str, str | int]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def to_markdown(rows: list[dict]) -> str:
-    lines = [
-        "| distribution | N | P | variant | ms | least to most | published loop / this | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        same = [r for r in rows if all(r[k] == row[k] for k in ("distribution", "N", "P"))]
-        loop = next((r["seconds"] for r in same if r["variant"] == "published loop"), None)
-        wrong = row["seconds"] is None
-        ratio = "-" if wrong or loop is None else f"{loop / row['seconds']:.1f}"
-        time_ms = "not the reference's gradient" if wrong else f"{row['seconds'] * 1e3:.0f}"
-        spread = "-" if wrong else f"{row['least'] * 1e3:.0f} to {row['most'] * 1e3:.0f}"
-        error = "-" if row["error"] is None else f"{row['error']:.0e}"
-        lines.append(
-            f"| {row['distribution']} | {row['N']:,} | {row['P']} | {row['variant']} | {time_ms} "
-            f"| {spread} | {ratio} | {error} |"
-        )
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what depends on the device is resolved."""
     parser = argparse.ArgumentParser(prog="python -m perf.bench", description=__doc__)
-    parser.add_argument("--logits", type=int, default=2_000_000, help="N (default: %(default)s)")
-    parser.add_argument("--positives", type=int, default=500, help="P (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: %(default)s)")
-    parser.add_argument("--coco", type=Path, help="COCO annotations, for the call on real boxes")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
-    options = parser.parse_args(arguments)
-
-    call = retinanet_call(options.coco)
-    extra = call["forward_extra_share"]
-    print(
-        f"RetinaNet at 512 px, {call['boxes']} boxes: N = {call['N']:,}, P = {call['P']}, "
-        f"{call['ignored']:,} ignored: forward {call['forward_s']:.2f} s, with backward "
-        f"{call['forward_backward_s']:.2f} s; beyond the logits, forward takes "
-        f"{'an unknown share' if extra is None else f'{extra:.2f}'} of their memory\n"
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
     )
-    rows = []
-    for distribution in DISTRIBUTIONS:
-        rows += compare(VARIANTS, distribution, options.logits, options.positives, options.rounds)
-    print(to_markdown(rows))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine(), "retinanet": call, "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    parser.add_argument("--cells", choices=tuple(CELLS), help="default: those of the device")
+    parser.add_argument("--rounds", type=int, help="runs of each (default: 7, or 20 on a GPU)")
+    parser.add_argument(
+        "--minutes", type=float, help="no cell begins later (default: 2.5, or 9 on a GPU)"
+    )
+    parser.add_argument("--coco", type=Path, help="COCO annotations, for the call on real boxes")
+    parser.add_argument("--peers", type=Path, help="checkout of the authors' code, to be timed too")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="default: %(default)s")
+    parser.add_argument("--name", help="of the files (default: bench-DEVICE)")
+    options = parser.parse_args(arguments)
+    options.device = torch.device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    on_gpu = options.device.type == "cuda"
+    options.cells = options.cells or ("gpu" if on_gpu else "cpu")
+    options.rounds = options.rounds or _ROUNDS[options.device.type]
+    if options.minutes is None:
+        options.minutes = _MINUTES[options.device.type]
+    options.name = options.name or f"bench-{'gpu' if on_gpu else 'cpu'}"
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 if this package did not compute what it should in some cell."""
+    options = parse_arguments(arguments)
+    until = time.monotonic() + 60 * options.minutes
+    variants = dict(VARIANTS)
+    if options.peers:
+        try:
+            variants.update(peers.load(options.peers))
+        except FileNotFoundError as error:
+            sys.exit(f"--peers: {error}")
+    call = retinanet_call(options.coco, device=options.device)
+    report = run(CELLS[options.cells], variants, options.device, options.rounds, until)
+    report["retinanet"] = call
+    print(to_markdown(report))
+    for path in write(report, options.out, options.name):
+        print(path, file=sys.stderr)
+    return int(any(row["variant"] == OURS and not row["parity"] for row in report["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,95 +1,105 @@
-"""What is timed side by side: this package, and what people use instead of it."""
+"""The table of what is timed side by side: this package, and what people use instead of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from alrp_triton import alrp_loss
 
+from . import focal, parity, rivals
+from .workloads import Cell, Inputs
 
-class PublishedLoop(torch.autograd.Function):
-    """aLRP as the authors' description has it: one positive after the other, in Python.
+Bind = Callable[[Inputs], Callable[[Tensor], Tensor]]
+Limit = Callable[[Cell, str], str | None]
 
-    Every iteration evaluates H against all positives and all relevant negatives, and adds one
-    positive's share to the negatives' gradient, which is ready when forward returns. Returns cls.
-    """
+OURS = "alrp_triton"  # what the others are compared with
 
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, loc_errors: Tensor, delta: float
-    ) -> Tensor:
-        is_positive = targets == 1
-        scores = logits[is_positive]
-        relevant = (targets == 0) & (logits >= scores.min() - delta)
-        negatives = logits[relevant]
-        own, passed = torch.zeros_like(scores), torch.zeros_like(negatives)
-        precision_error = torch.zeros_like(scores)
-        for i in range(scores.numel()):
-            above = ((scores - scores[i]) / (2 * delta) + 0.5).clamp(0, 1)
-            above[i] = 0
-            false = ((negatives - scores[i]) / (2 * delta) + 0.5).clamp(0, 1)
-            nfp = false.sum()
-            rank = 1 + above.sum() + nfp
-            precision_error[i] = nfp / rank
-            if nfp > 0:
-                own[i] = -(nfp + (above * loc_errors).sum()) / rank
-                passed += false * (-own[i] / nfp)
-        gradient = torch.zeros_like(logits)
-        gradient[is_positive] = own / scores.numel()
-        gradient[relevant] = passed / scores.numel()
-        ctx.save_for_backward(gradient)
-        return precision_error.mean()
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+def no_limit(cell: Cell, device: str) -> str | None:
+    return None
 
 
 class Variant(NamedTuple):
-    """A loss of (logits (N, C), targets in its own form, loc_errors (P,)), a scalar."""
+    """A loss that a benchmark can time."""
 
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    prepare: Callable[[Tensor, Tensor], Tensor]  # (logits, class indices) to its form, not timed
-    ranks: bool  # whether it is aLRP, and so has to agree with the reference
-
-
-def class_indices(logits: Tensor, targets: Tensor) -> Tensor:
-    return targets
+    bind: Bind  # the inputs but for the logits, prepared (not timed): a scalar of the logits (N, C)
+    truth: Callable[[Inputs], parity.Truth] = parity.ranking  # what it should compute
+    limit: Limit = no_limit  # why it is left out of a cell on a type of device, if it is
 
 
-def marks(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 / 0 / -1 for each logit (N, C), as the published code wants it."""
-    out = torch.zeros_like(logits)
-    anchors = (targets >= 0).nonzero()[:, 0]
-    out[anchors, targets[anchors]] = 1
-    out[targets == -100] = -1
-    return out
+def package(impl: str, algorithm: str) -> Bind:
+    """aLRP of this package, cls alone: the gradient of the whole aLRP by the logits rides on it."""
+
+    def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        def loss(logits: Tensor) -> Tensor:
+            cls, _ = alrp_loss(
+                logits,
+                inputs.targets,
+                inputs.loc_errors,
+                inputs.delta,
+                impl=impl,
+                algorithm=algorithm,
+            )
+            return cls
+
+        return loss
+
+    return bind
 
 
-def package(logits: Tensor, targets: Tensor, loc_errors: Tensor) -> Tensor:
-    return alrp_loss(logits, targets, loc_errors)[0]
+def from_forward(loss: type[rivals.PublishedLoop] | type[rivals.SortAndBucket]) -> Bind:
+    """A published way to aLRP. It wants float32, so the copy of 16-bit logits counts as its own."""
+
+    def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+        marks, loc_errors, delta = inputs.marks, inputs.loc_errors, inputs.delta
+        return lambda logits: loss.apply(logits.float(), marks, loc_errors, delta)
+
+    return bind
 
 
-def published_loop(logits: Tensor, targets: Tensor, loc_errors: Tensor) -> Tensor:
-    return PublishedLoop.apply(logits, targets, loc_errors, 1.0)
+def on_a_gpu(cell: Cell, device: str) -> str | None:
+    return None if device == "cuda" else "Triton runs on a GPU; its interpreter is not timed"
 
 
-def focal(logits: Tensor, targets: Tensor, loc_errors: Tensor) -> Tensor:
-    """torchvision's sigmoid focal loss on the same logits, eager; it ranks nothing."""
-    from torchvision.ops import sigmoid_focal_loss
+def at_most_pairs(**most: float) -> Limit:
+    """Left out where it would take minutes: more pairs P N than `most` on the type of device."""
 
-    valid = targets[:, 0] >= 0
-    loss = sigmoid_focal_loss(logits[valid], targets[valid], reduction="sum")
-    return loss / loc_errors.numel()
+    def limit(cell: Cell, device: str) -> str | None:
+        if cell.pairs <= most[device]:
+            return None
+        return f"takes too long: more than {most[device]:.0e} pairs"
+
+    return limit
+
+
+def at_most_positives(**most: int) -> Limit:
+    """Left out where P x P numbers would not fit."""
+
+    def limit(cell: Cell, device: str) -> str | None:
+        if cell.positives <= most[device]:
+            return None
+        return f"takes too much memory: more than {most[device]:,} positives"
+
+    return limit
 
 
 VARIANTS = {
-    "alrp_triton": Variant(package, class_indices, ranks=True),
-    "published loop": Variant(published_loop, marks, ranks=True),
-    "focal, torchvision eager": Variant(focal, marks, ranks=False),
+    OURS: Variant(package("auto", "auto")),
+    "pairwise, triton": Variant(package("triton", "pairwise"), limit=on_a_gpu),
+    "breakpoints, triton": Variant(package("triton", "breakpoints"), limit=on_a_gpu),
+    "pairwise, torch": Variant(
+        package("torch", "pairwise"), limit=at_most_pairs(cpu=3e7, cuda=2e11)
+    ),
+    "breakpoints, torch": Variant(package("torch", "breakpoints")),
+    "published loop": Variant(
+        from_forward(rivals.PublishedLoop), limit=at_most_pairs(cpu=2e9, cuda=2e11)
+    ),
+    "sort and bucket": Variant(
+        from_forward(rivals.SortAndBucket), limit=at_most_positives(cpu=10_000, cuda=50_000)
+    ),
+    "focal, torchvision": Variant(focal.eager, focal.exact),
+    "focal, fused": Variant(focal.fused, focal.exact),
 }

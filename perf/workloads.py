@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,119 @@ DISTRIBUTIONS = {
     "late": ((-9.0, 1.5), (1.5, 1.5)),
     "spread": ((0.0, 2.0), (0.0, 2.0)),
 }
+
+
+class Cell(NamedTuple):
+    """One workload: a cell of the table that a benchmark fills."""
+
+    logits: int  # N
+    positives: int  # P
+    distribution: str
+    dtype: str = "float32"
+    delta: float = 1.0
+
+    @property
+    def pairs(self) -> int:
+        return self.logits * self.positives
+
+    @property
+    def classes(self) -> int:
+        """80 as in COCO; fewer where the positives would not find an anchor each."""
+        classes = 80
+        while classes > 1 and self.logits // classes < 2 * self.positives:
+            classes //= 2
+        return classes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.distribution}, N = {self.logits:,}, P = {self.positives:,}, {self.dtype}, "
+            f"delta = {self.delta:g}"
+        )
+
+
+def _stages(logits: int, positives: int, dtype: str, delta: float = 1.0) -> list[Cell]:
+    return [Cell(logits, positives, name, dtype, delta) for name in DISTRIBUTIONS]
+
+
+def _sweeps(
+    over_positives: tuple[int, ...],
+    over_logits: tuple[int, ...],
+    logits: int,
+    positives: int,
+    delta: float = 1.0,
+) -> list[Cell]:
+    """Over P at one N and over N at one P, in the middle of a training."""
+    return [
+        *(Cell(logits, p, "mid", delta=delta) for p in over_positives),
+        *(Cell(n, positives, "mid", delta=delta) for n in over_logits),
+    ]
+
+
+def _set(*parts: list[Cell]) -> tuple[Cell, ...]:
+    """Each cell once, in the order given: the most important come first."""
+    return tuple(dict.fromkeys(cell for part in parts for cell in part))
+
+
+# Logits a call: RetinaNet at 512 px with 8 images, the same with ATSS, ATSS at 1344 x 800 over a
+# global batch of 16, an RPN, a DETR head.
+_RETINANET, _ATSS, _GLOBAL, _RPN, _DETR = 20_951_040, 6_983_680, 86_000_000, 1_000_000, 48_000
+_GPU_SWEEPS = (
+    (500, 50_000, 100, 5000, 1, 10, 1000),
+    (_DETR, _RPN, _ATSS, _GLOBAL, _RETINANET),
+    _RETINANET,
+    1000,
+)
+_CPU_SWEEPS = ((10, 100, 500, 2000), (50_000, 300_000, 2_000_000, 8_000_000), 2_000_000, 500)
+
+CELLS = {
+    "cpu": _set(
+        _stages(2_000_000, 500, "float32"),
+        _stages(2_000_000, 500, "float32", delta=0.0),
+        _sweeps(*_CPU_SWEEPS),
+        _sweeps((10, 100, 500, 2000), (50_000, 300_000), 2_000_000, 500, delta=0.0),
+    ),
+    "gpu": _set(
+        _stages(_RETINANET, 1000, "float32"),
+        _stages(_RETINANET, 1000, "bfloat16"),
+        _stages(_RETINANET, 1000, "float32", delta=0.0),
+        _sweeps(*_GPU_SWEEPS),
+        _sweeps(*_GPU_SWEEPS, delta=0.0),
+    ),
+    "rehearse": _set(
+        _stages(8000, 10, "float32"),
+        _sweeps((1, 40), (), 8000, 10),
+        [Cell(8000, 10, "mid", delta=0.0), Cell(16_000, 10, "mid")],
+        [Cell(8000, 10, "mid", "bfloat16")],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a loss of one cell is called with."""
+
+    logits: Tensor  # (N / C, C), in the cell's dtype
+    targets: Tensor  # (N / C,) int64 class indices, -1 background, -100 ignored
+    loc_errors: Tensor  # (P,) float32
+    delta: float
+
+    @cached_property
+    def marks(self) -> Tensor:
+        """1 / 0 / -1 for each logit, in the logits' dtype: what published code wants."""
+        out = torch.zeros_like(self.logits)
+        anchors = (self.targets >= 0).nonzero()[:, 0]
+        out[anchors, self.targets[anchors]] = 1
+        out[self.targets == -100] = -1
+        return out
+
+
+def draw(cell: Cell, device: torch.device) -> Inputs:
+    """The inputs of a cell: drawn on the CPU, so that they are the same on every machine."""
+    targets = draw_targets(cell.logits // cell.classes, cell.classes, cell.positives)
+    logits = draw_logits(targets, cell.classes, cell.distribution)
+    loc_errors = torch.rand(cell.positives, generator=torch.Generator().manual_seed(1))
+    dtype = getattr(torch, cell.dtype)
+    return Inputs(logits.to(device, dtype), targets.to(device), loc_errors.to(device), cell.delta)
 
 
 def draw_logits(targets: Tensor, classes: int, distribution: str, seed: int = 0) -> Tensor:
