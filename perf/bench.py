@@ -20,31 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alrp_triton import alrp_loss
-
 from . import peers
 from .bench_report import to_markdown, write
 from .parity import Parity, Truth, compare
+from .real_boxes import retinanet_call
 from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
 from .variants import OURS, VARIANTS, Variant
-from .workloads import (
-    CELLS,
-    Cell,
-    Inputs,
-    coco_images,
-    draw,
-    draw_logits,
-    drawn_images,
-    retinanet_targets,
-)
+from .workloads import CELLS, Cell, Inputs, draw
 
 # A slow variant gets as many rounds as fit into these seconds, and no fewer than this.
 _SECONDS, _FEWEST = 2.0, 3
-# Runs of each: on a GPU they cost little.
-_ROUNDS = {"cpu": 7, "cuda": 20}
-_MINUTES = {"cpu": 2.5, "cuda": 9.0}
+# By the type of device, where the command line does not say: runs of each, and minutes.
+_ROUNDS, _MINUTES = {"cpu": 7, "cuda": 20}, {"cpu": 2.5, "cuda": 9.0}
 
 Drop = Callable[[str, str, Iterable[Cell]], None]
+Calls = dict[str, Callable[[], object]]  # by the variant's name
 
 
 def run(
@@ -117,7 +107,8 @@ def _fill(
     inputs = draw(cell, device)
     calls, parities = _hold_to_truth(cell, variants, inputs, device, drop)
     right = {name: call for name, call in calls.items() if parities[name].holds}
-    seconds = _take_times(right, device, rounds, until) if right else {}
+    extra, expected = _take_memory(right, inputs.logits.nbytes, device)
+    seconds = _take_times(right, expected, device, rounds, until)
     ours = seconds.get(OURS, [])
     rows = []
     for name, parity in parities.items():
@@ -136,18 +127,14 @@ def _fill(
             "value_error": _finite(parity.value_error),
             "value_tolerance": parity.value_tolerance,
         }
-        if name in right:
-            extra = peak_memory(right[name], device)
-            gradient = inputs.logits.nbytes
-            row |= _timed(seconds[name], ours, None if extra is None else extra - gradient)
-        else:
-            row |= _timed([], ours, None)
+        row |= _timed(seconds.get(name, []), ours)
+        row["extra_bytes"] = extra.get(name)
         rows.append(row)
     return rows
 
 
-def _timed(seconds: list[float], ours: list[float], extra: int | None) -> dict[str, Any]:
-    """The columns that a variant gets only if it is right."""
+def _timed(seconds: list[float], ours: list[float]) -> dict[str, Any]:
+    """The columns that are empty if the variant is wrong."""
     times = Times.of(seconds) if seconds else None
     return {
         "rounds": len(seconds),
@@ -155,8 +142,6 @@ def _timed(seconds: list[float], ours: list[float], extra: int | None) -> dict[s
         "least": times and times.least,
         "most": times and times.most,
         "ratio": _ratio(seconds, ours),
-        # Less than nothing: the process still had pages, which the gradient took.
-        "extra_bytes": extra if extra is None else max(0, extra),
     }
 
 
@@ -166,10 +151,10 @@ def _hold_to_truth(
     inputs: Inputs,
     device: torch.device,
     drop: Drop,
-) -> tuple[dict[str, Callable[[], object]], dict[str, Parity]]:
+) -> tuple[Calls, dict[str, Parity]]:
     """Runs each variant once; what can run, as calls, and how right it is."""
     truths: dict[Callable[[Inputs], Truth], Truth] = {}
-    calls: dict[str, Callable[[], object]] = {}
+    calls: Calls = {}
     parities = {}
     for name, variant in variants.items():
         why = variant.limit(cell, device.type)
@@ -191,20 +176,34 @@ def _hold_to_truth(
     return calls, parities
 
 
+def _take_memory(
+    calls: Calls, gradient: int, device: torch.device
+) -> tuple[dict[str, int | None], dict[str, float]]:
+    """Bytes of each call beyond those of its gradient, and its seconds; a warm-up as well."""
+    extra: dict[str, int | None] = {}
+    seconds = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        peak = peak_memory(call, device)
+        seconds[name] = time.perf_counter() - start
+        # Less than the gradient: the process still had pages for it.
+        extra[name] = None if peak is None else max(0, peak - gradient)
+    return extra, seconds
+
+
 def _take_times(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Calls,
+    expected: Mapping[str, float],
     device: torch.device,
     rounds: int,
     until: float | None,
 ) -> dict[str, list[float]]:
     """Seconds of each call. The n-th runs of all calls that have one stand side by side.
 
-    A slow call takes part in the first rounds only; `OURS` in all of them.
+    A call that is expected to take long takes part in the first rounds only; `OURS` in all of them.
     """
-    warm = interleave(calls, device, rounds=1, warmup=0)
     wanted = {
-        name: min(rounds, max(_FEWEST, int(_SECONDS / max(taken[0], 1e-9))))
-        for name, taken in warm.items()
+        name: min(rounds, max(_FEWEST, int(_SECONDS / max(expected[name], 1e-9)))) for name in calls
     }
     if OURS in wanted:
         wanted[OURS] = max(wanted.values())
@@ -246,40 +245,6 @@ def _say(title: str, rows: list[dict[str, Any]]) -> None:
         for row in rows
     )
     print(f"{title}\n    {'; '.join(times)}", file=sys.stderr, flush=True)
-
-
-def retinanet_call(
-    annotations: Path | None, images: int = 4, device: torch.device | None = None
-) -> dict[str, Any]:
-    """One RetinaNet-sized call on boxes, real ones if there are: seconds, and forward's memory."""
-    device = device or torch.device("cpu")
-    boxes = coco_images(annotations, images) if annotations else drawn_images(images)
-    targets = retinanet_targets(boxes)
-    logits = draw_logits(targets, 80, "mid").to(device)
-    loc_errors = torch.rand(int((targets >= 0).sum())).to(device)
-    ignored = int((targets == -100).sum()) * 80
-    targets = targets.to(device)
-
-    def forward() -> Tensor:
-        leaf = logits.detach().requires_grad_()
-        cls, loc = alrp_loss(leaf, targets, loc_errors.detach().requires_grad_())
-        return cls + loc
-
-    extra = peak_memory(forward, device)
-    calls: dict[str, Callable[[], object]] = {
-        "forward": forward,
-        "both": lambda: forward().backward(),
-    }
-    seconds = interleave(calls, device, rounds=3)
-    return {
-        "boxes": annotations.name if annotations else "drawn",
-        "N": logits.numel(),
-        "P": loc_errors.numel(),
-        "ignored": ignored,
-        "forward_s": Times.of(seconds["forward"]).median,
-        "forward_backward_s": Times.of(seconds["both"]).median,
-        "forward_extra_share": None if extra is None else extra / logits.nbytes,
-    }
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,8 @@ _COLUMNS = (
     f"its time / {OURS}'s",
     "share of the floor",
     "extra MB",
-    "error",
+    "error of the gradient",
+    "of the value",
 )
 
 _NOTES = f"""\
@@ -34,9 +35,10 @@ time / {OURS}'s: median over the rounds that both ran in; below 1 it is faster t
 Share of the floor: the time of the least memory traffic (two reads of the logits, one write of the
 gradient) at the bandwidth of a copy, over the median. Extra MB: peak memory beyond what was there
 before the call and the gradient itself; on a CPU the growth of the process, which misses pages that
-it still had. Error: largest deviation of the gradient from float64, over the largest gradient. The
-focal losses rank nothing; they are held to their own formula in float64. Sort-and-bucket is exact
-for delta = 0 and an approximation otherwise, which then shows in its error and costs it its time.
+it still had. Errors: largest deviation of the gradient from float64, over the largest gradient, and
+that of the value, over it or over 1. The focal losses rank nothing; they are held to their own
+formula. Sort-and-bucket is exact for delta = 0 and an approximation otherwise, which then shows in
+its error and costs it its time.
 """
 
 
@@ -99,14 +101,17 @@ def _cells(row: Row) -> tuple[str, ...]:
             f"{row['share']:.1%}",
             "-" if extra is None else f"{extra / 1e6:.3g}",
         )
-    error = "NaN" if row["error"] is None else f"{row['error']:.0e}"
+    errors = (
+        "NaN" if row[column] is None else f"{row[column]:.0e}"
+        for column in ("error", "value_error")
+    )
     return (
         row["distribution"],
         f"{row['N']:,}",
         f"{row['P']:,}",
         row["variant"],
         *timed,
-        error,
+        *errors,
     )
 
 

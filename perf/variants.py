@@ -91,7 +91,7 @@ VARIANTS = {
     "pairwise, triton": Variant(package("triton", "pairwise"), limit=on_a_gpu),
     "breakpoints, triton": Variant(package("triton", "breakpoints"), limit=on_a_gpu),
     "pairwise, torch": Variant(
-        package("torch", "pairwise"), limit=at_most_pairs(cpu=3e7, cuda=2e11)
+        package("torch", "pairwise"), limit=at_most_pairs(cpu=3e7, cuda=3e9)
     ),
     "breakpoints, torch": Variant(package("torch", "breakpoints")),
     "published loop": Variant(

@@ -32,7 +32,9 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md"]
+)
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
