@@ -11,6 +11,7 @@ from .variants import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -37,8 +38,8 @@ gradient) at the bandwidth of a copy, over the median. Extra MB: peak memory bey
 before the call and the gradient itself; on a CPU the growth of the process, which misses pages that
 it still had. Errors: largest deviation of the gradient from float64, over the largest gradient, and
 that of the value, over it or over 1. The focal losses rank nothing; they are held to their own
-formula. Sort-and-bucket is exact for delta = 0 and an approximation otherwise, which then shows in
-its error and costs it its time.
+formula. Sort-and-bucket is exact for delta = 0 and an approximation otherwise: where that shows in
+its error, it gets no time.
 """
 
 
@@ -47,7 +48,7 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
     try:
-        save_picture(report, paths[2])
+        picture(report).savefig(paths[2], dpi=150)
     except ImportError:
         paths.pop()
         why = "matplotlib is not installed"
@@ -117,11 +118,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _say_dropped(left_out: dict[str, Any]) -> str:
     cells = left_out["cells"]
-    where = f" ({len(cells)} cells, the first: {cells[0]})" if cells else ""
-    return f"- {left_out['variant']}: {left_out['why']}{where}"
+    where = f" ({cells[0]})" if cells else ""
+    more = f" and {len(cells) - 1} cells more" if len(cells) > 1 else ""
+    return f"- {left_out['variant']}: {left_out['why']}{where}{more}"
 
 
-def save_picture(report: dict[str, Any], path: Path) -> None:
+def picture(report: dict[str, Any]) -> Figure:
     """Time against P at the N with most of them, and against N likewise, with the floor."""
     from matplotlib.figure import Figure
 
@@ -142,7 +144,7 @@ def save_picture(report: dict[str, Any], path: Path) -> None:
         f"{about['device']}, {about['threads']} CPU threads, torch {about['torch']}: "
         "float32 logits in the middle of a training"
     )
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _most_common(rows: list[Row], key: str) -> int | None:

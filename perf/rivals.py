@@ -68,7 +68,7 @@ class SortAndBucket(_GradientFromForward):
     among them. That leaves P x (P + 1) relations. Exact for delta = 0 only: inside a window of
     width 2 delta the members of a bucket differ in H where the line bends.
 
-    The published code walks over the buckets in Python. This does not, and so is faster than it.
+    The published code walks over the buckets in Python; this is vectorised, which favours it.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 
 from alrp_triton import alrp_loss
 from perf import bench, focal, peers, real_boxes, workloads
-from perf.bench_report import to_markdown, write
+from perf.bench_report import picture, to_markdown, write
 from perf.timing import copy_bandwidth
 from perf.variants import OURS, VARIANTS, Variant, at_most_pairs, at_most_positives
 from perf.workloads import CELLS, Cell
@@ -115,7 +115,7 @@ def test_buckets_are_the_loss_under_the_hard_step(distribution, dtype):
     assert row["error"] < (1e-6 if dtype == "float32" else 2.0**-8)
 
 
-@pytest.mark.parametrize("distribution", ["init", "mid", "spread"])
+@pytest.mark.parametrize("distribution", ["mid", "spread"])
 def test_buckets_show_an_error_and_no_time_under_the_soft_step(distribution):
     report = fill(Cell(20_000, 20, distribution), variants=("sort and bucket",))
     (row,) = report["rows"]
@@ -277,6 +277,27 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "VARIANTS", {OURS: PLANTED["value"]})
     assert bench.main(options) == 1
+
+
+def test_the_picture_draws_what_is_right_where_it_is_right():
+    """Buckets at delta = 0, with this package at delta = 0 beside them."""
+    pytest.importorskip("matplotlib")
+    cells = [TINY, TINY._replace(delta=0.0), TINY._replace(logits=40_000)]
+    names = (OURS, "published loop", "sort and bucket")
+    table = {name: VARIANTS[name] for name in names} | {"wrong": PLANTED["value"]}
+    report = bench.run(cells, table, CPU, 1, progress=False)
+    figure = picture(report)
+    panel = figure.axes[1]  # time against N
+    lines = {line.get_label(): line.get_xydata()[:, 0].tolist() for line in panel.get_lines()}
+    assert lines == {
+        OURS: [20_000, 40_000],
+        f"{OURS} (delta = 0)": [20_000],
+        "published loop": [20_000, 40_000],
+        "sort and bucket (delta = 0)": [20_000],
+        "memory-traffic floor": [20_000, 40_000],
+    }
+    assert panel.get_xscale() == panel.get_yscale() == "log"
+    assert picture(report | {"rows": []}).axes[0].get_title() == "nothing measured"
 
 
 PUBLISHED = '''
