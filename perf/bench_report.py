@@ -141,7 +141,7 @@ def picture(report: dict[str, Any]) -> Figure:
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize="small")
     about = report["machine"]
     figure.suptitle(
-        f"{about['device']}, {about['threads']} CPU threads, torch {about['torch']}: "
+        f"{about['device']}, CPU threads: {about['threads']}, torch {about['torch']}; "
         "float32 logits in the middle of a training"
     )
     return figure
