@@ -43,7 +43,7 @@ def fused(inputs: Inputs) -> Callable[[Tensor], Tensor]:
 def _compiled(
     shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compiled for one shape; left to itself, torch would go over to slower dynamic shapes."""
+    """Compiled for one shape at a time: torch refuses a function that was compiled for too many."""
     torch.compiler.reset()
     return torch.compile(_expression, dynamic=False, fullgraph=True)
 
