@@ -1,22 +1,21 @@
 """The pairwise kernels against the specification: in the interpreter, or on a GPU if there is one.
 
-Every budget is derived: from the same-dtype torch result where there is an error to compare with,
-and from the number of float32 additions in a row where torch adds in float64.
+Every budget is derived, see `perf.budgets`.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from perf import budgets
+from perf.budgets import IGNORE, count_budget, epsilon, gradient_budget
+from perf.launches import OnGrid, compiled_variants, same
 from reference import layout
-from reference import pairwise as reference
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.pairwise")
@@ -26,7 +25,6 @@ Tiles = tiles_module.Tiles
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-IGNORE = -100
 # Tiles of 8 logits and blocks of 8 positives: a few dozen numbers make several of everything.
 SMALL = Tiles(lanes=4, block=8, few=2, count_rows=2, gradient_rows=2, fold=2, programs=6)
 
@@ -42,103 +40,26 @@ def poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-class Case(NamedTuple):
-    """What a call of count and gradient takes."""
-
-    logits: list[Tensor]
-    targets: list[Tensor]
-    index: Tensor
-    scores: Tensor
-    values: Tensor
-    weights: Tensor
-    own: Tensor
-    delta: float
+class Case(budgets.Case):
+    """With the results of the kernels."""
 
     def count(self, tiles: Tiles | None = SMALL) -> tuple[Tensor, ...]:
         """By the kernels."""
-        return kernels.count(
-            self.logits, self.targets, self.scores, self.values, self.delta, IGNORE, tiles
-        )
+        return kernels.count(*self.count_input, tiles)
 
     def gradient(self, tiles: Tiles | None = SMALL) -> list[Tensor]:
         """By the kernels."""
-        return kernels.gradient(*self._gradient_input(), self.delta, IGNORE, tiles)
-
-    def expected_count(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(3, P) by the reference, in another dtype if one is named; padding is left out."""
-        valid = self.scores != -torch.inf
-        counts = torch.zeros(3, valid.numel(), dtype=torch.float64, device=valid.device)
-        counts[1] = 1
-        case = self.to(dtype)
-        counts[:, valid] = torch.stack(
-            reference.count(
-                case.logits,
-                self.targets,
-                case.scores[valid],
-                self.values[valid],
-                self.delta,
-                IGNORE,
-            )
-        )
-        return counts
-
-    def expected_gradient(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """By the reference."""
-        valid = self.index >= 0
-        levels, targets, *vectors = self.to(dtype)._gradient_input()
-        vectors = [vector[valid] for vector in vectors]
-        return reference.gradient(levels, targets, *vectors, self.delta, IGNORE)
-
-    def to(self, dtype: torch.dtype | None) -> Case:
-        """With finite logits and scores of another dtype."""
-        if dtype is None:
-            return self
-        return self._replace(
-            logits=[layout.finite(level).to(dtype) for level in self.logits],
-            scores=self.scores.to(layout.compute_dtype(dtype)),
-        )
-
-    def negatives(self) -> Tensor:
-        """The finite scores of the negatives."""
-        parts = reference._negatives(self.logits, self.targets, IGNORE)
-        return torch.cat([self.scores.new_empty(0), *parts])
-
-    def _gradient_input(self) -> tuple:
-        return self.logits, self.targets, self.index, self.scores, self.weights, self.own
+        return kernels.gradient(*self.gradient_input, tiles)
 
 
 def make(
     logits: Tensor | list[Tensor], targets: Tensor | list[Tensor], delta: float, padding: int = 0
 ) -> Case:
-    """Finds the positives, and draws a value, a weight and a gradient for each of them."""
+    """On the device, with drawn numbers for each positive."""
     logits = [logits] if isinstance(logits, Tensor) else logits
     targets = [targets] if isinstance(targets, Tensor) else targets
-    logits = [_to_device(level) for level in logits]
-    targets = [_to_device(target) for target in targets]
-    masks = [
-        layout.is_positive(level, target, IGNORE)
-        for level, target in zip(logits, targets, strict=True)
-    ]
-    number = sum(int(mask.sum()) for mask in masks)
-    index, scores = layout.locate(logits, targets, None, number, True, IGNORE)
-    place = torch.randperm(number + padding)[:number].sort().values.to(DEVICE)
-
-    def spread(vector: Tensor, filling: float) -> Tensor:
-        full = vector.new_full((number + padding,), filling)
-        full[place] = vector
-        return full
-
-    draw = [torch.rand(number, dtype=torch.float64).to(DEVICE) + 0.1 for _ in range(3)]
-    return Case(
-        logits,
-        targets,
-        spread(index, -1),
-        spread(scores, -torch.inf),
-        spread(draw[0], 0.0),
-        spread(draw[1], 0.0),
-        spread(-draw[2], 0.0),
-        delta,
-    )
+    levels, level_targets = ([_to_device(x) for x in part] for part in (logits, targets))
+    return Case(*budgets.find(levels, level_targets, delta, padding))
 
 
 def _to_device(tensor: Tensor) -> Tensor:
@@ -181,77 +102,18 @@ def check(case: Case, tiles: Tiles = SMALL) -> None:
     assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
     assert all(tensor._version == 0 or not tensor.requires_grad for tensor in after)
 
-    exact, budget = case.expected_count(torch.float64), count_budget(case, tiles)
+    exact = case.expected_count(torch.float64)
+    budget = count_budget(case, tiles, exact)
     assert (counts - exact).abs().le(budget).all(), ((counts - exact).abs() - budget).max()
-    for out, level, truth, allowed in zip(
-        gradients,
-        case.logits,
-        case.expected_gradient(torch.float64),
-        gradient_budget(case, tiles),
-        strict=True,
+    truth = case.expected_gradient(torch.float64)
+    allowances = gradient_budget(case, tiles, truth)
+    for out, level, expected, allowed in zip(
+        gradients, case.logits, truth, allowances, strict=True
     ):
         assert out.dtype == level.dtype
         assert out.shape == level.shape
-        error = (out.double() - truth).abs()
+        error = (out.double() - expected).abs()
         assert error.le(allowed).all(), (error - allowed).max()
-
-
-def epsilon(case: Case) -> float:
-    return torch.finfo(case.scores.dtype).eps
-
-
-def pair_error(case: Case, others: Tensor, tiles: Tiles) -> tuple[float, Tensor]:
-    """(allowed error of one H, mask (P, others) of the pairs on the slope, where H is inexact).
-
-    Four times the largest error that torch makes in the same dtype. A block that takes the way of
-    two instructions (float32, |s| scale <= FAST_RANGE, more than a few positives) may add half a
-    unit in the last place of 1/2 - s scale, as the kernels say.
-    """
-    scores = case.scores[case.scores != -torch.inf]
-    if case.delta == 0 or not scores.numel() or not others.numel():
-        return 0.0, torch.zeros(scores.numel(), others.numel(), dtype=torch.bool, device=DEVICE)
-    truth = reference.step(others.double() - scores[:, None].double(), case.delta)
-    same = reference.step(others - scores[:, None], case.delta)
-    allowed = 4 * (same.double() - truth).abs().max().item() + epsilon(case) / 2
-    if case.scores.dtype == torch.float32 and case.scores.numel() > tiles.few:
-        allowed += 2.0 ** (math.floor(math.log2(kernels.FAST_RANGE.value + 0.5)) - 24)
-    slope = (others.double() - scores[:, None].double()).abs() <= case.delta * (1 + epsilon(case))
-    return allowed, slope
-
-
-def count_budget(case: Case, tiles: Tiles) -> Tensor:
-    valid = case.scores != -torch.inf
-    exact = case.expected_count(torch.float64)
-    scores = case.scores[valid]
-    budget = torch.zeros_like(exact)
-    # A sum of n float32 terms is right to n half units, and the kernel adds so many in a row.
-    chain = tiles.fold + tiles.count_rows + int(math.log2(tiles.lanes))
-    rounding = 0 if case.delta == 0 else chain * epsilon(case) / 2
-    error, slope = pair_error(case, case.negatives(), tiles)
-    budget[0, valid] = (error * slope.sum(1)).double()
-    budget[0] += rounding * exact[0]
-    error, slope = pair_error(case, scores, tiles)
-    budget[1, valid] = (error * slope.sum(1)).double()
-    budget[2, valid] = (error * (slope * case.values[valid]).sum(1)).double()
-    return budget + torch.finfo(torch.float64).eps * exact.abs() * case.scores.numel()
-
-
-def gradient_budget(case: Case, tiles: Tiles) -> list[Tensor]:
-    valid = case.scores != -torch.inf
-    weights = case.weights[valid]
-    rounding = (min(tiles.fold, tiles.block) + 1) * epsilon(case) / 2
-    truth = case.expected_gradient(torch.float64)
-    budgets = []
-    for level, exact in zip(case.logits, truth, strict=True):
-        finite = layout.finite(level).reshape(-1)
-        error, slope = pair_error(case, finite, tiles)
-        out = torch.finfo(level.dtype)
-        last_place = out.eps / 2 * exact.abs() + out.smallest_normal * out.eps / 2
-        if level.dtype == torch.bfloat16 and not HAS_GPU:
-            last_place *= 2  # the interpreter cuts off where a GPU rounds
-        spread = (error * (slope * weights[:, None]).sum(0)).reshape(level.shape)
-        budgets.append((spread + rounding * exact.abs()) * (1 + out.eps) + last_place)
-    return budgets
 
 
 # --- parity -------------------------------------------------------------------------------------
@@ -341,7 +203,7 @@ def test_default_tiles() -> None:
     targets = torch.randint(0, 2, (130, 1))
     logits = 2 * torch.randn(130, 2, 1)
     case = make(logits, targets, 1.0)
-    check(case, tiles_module.tiles_for(case.scores.device))
+    check(case, case.tuned_tiles())
 
 
 def test_ways_to_evaluate_a_block() -> None:
@@ -539,32 +401,18 @@ def test_offsets_beyond_32_bits() -> None:
 # --- order and work -----------------------------------------------------------------------------
 
 
-def _same(first: tuple | list, second: tuple | list) -> bool:
-    return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-
-
-class _OnGrid:
-    """A kernel that is launched on another number of programs than the launcher asks for."""
-
-    def __init__(self, kernel, programs: int) -> None:
-        self.kernel, self.programs = kernel, programs
-
-    def __getitem__(self, grid: tuple) -> Callable:
-        return self.kernel[(self.programs,)]
-
-
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 def test_bitwise_repeatable(delta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(torch.randn(50, 2, 1), class_indices(50, 2, 1), delta)
     counts, gradients = case.count(), case.gradient()
-    assert _same(case.count(), counts)
-    assert _same(case.gradient(), gradients)
+    assert same(case.count(), counts)
+    assert same(case.gradient(), gradients)
     for programs in (1, 7):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_count_kernel", _OnGrid(kernels._count_kernel, programs))
-            assert _same(case.count(), counts)
+            patch.setattr(kernels, "_count_kernel", OnGrid(kernels._count_kernel, programs))
+            assert same(case.count(), counts)
     for rows, lanes in ((1, 4), (4, 8)):  # a logit's sum does not depend on its tile
-        assert _same(case.gradient(SMALL._replace(gradient_rows=rows, lanes=lanes)), gradients)
+        assert same(case.gradient(SMALL._replace(gradient_rows=rows, lanes=lanes)), gradients)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +430,7 @@ def test_tile_sizes_do_not_change_hard_counts(changed: dict[str, int]) -> None:
     """NFP and rank+ are integers there; the sum of the values is not, and only kept to rounding."""
     case = make(torch.randn(40, 2, 1), class_indices(40, 2, 1), 0.0)
     counts, others = case.count(), case.count(SMALL._replace(**changed))
-    assert _same(counts[:2], others[:2])
+    assert same(counts[:2], others[:2])
     torch.testing.assert_close(counts[2], others[2], rtol=1e-14, atol=0)
 
 
@@ -641,14 +489,14 @@ def _full_size(dtype: torch.dtype, form: Callable = class_indices, delta: float 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_full_size(dtype: torch.dtype, form: Callable) -> None:
     case = _full_size(dtype, form)
-    check(case, tiles_module.tiles_for(case.scores.device))
+    check(case, case.tuned_tiles())
 
 
 @pytest.mark.gpu
 def test_full_size_repeats() -> None:
     case = _full_size(torch.float32)
-    assert _same(case.count(None), case.count(None))
-    assert _same(case.gradient(None), case.gradient(None))
+    assert same(case.count(None), case.count(None))
+    assert same(case.gradient(None), case.gradient(None))
 
 
 @pytest.mark.gpu
@@ -672,26 +520,18 @@ def test_cuda_graph() -> None:
     for out in captured:
         out.fill_(torch.nan)
     graph.replay()
-    assert _same(captured, expected)
+    assert same(captured, expected)
 
 
 @pytest.mark.gpu
 def test_random_sizes_make_no_new_variant() -> None:
-    def variants() -> int:
-        return sum(
-            len(cache[0])
-            for kernel in vars(kernels).values()
-            if hasattr(kernel, "device_caches")
-            for cache in kernel.device_caches.values()
-        )
-
     torch.manual_seed(0)
     numbers = []
     for _ in range(50):
         batch, places = (int(n) for n in torch.randint(1, 70, (2,)))
         case = make(torch.randn(batch, 3, places), class_indices(batch, 3, places), 1 / batch)
         case.count(None), case.gradient(None)
-        numbers.append(variants())
+        numbers.append(compiled_variants(kernels))
     assert len(set(numbers[5:])) == 1
 
 

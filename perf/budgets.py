@@ -1,0 +1,226 @@
+"""How far a ranking kernel may be from the truth: derived, and shared by the tests and perf.gpu.
+
+The truth is `alrp_triton.reference` in float64. A budget comes from the error of the same-dtype
+torch result where there is an error to compare with, and from the number of float32 additions in a
+row where torch adds in float64. Nothing of size P x N is made, so that calls of any size have one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alrp_triton.reference import layout, pairwise
+
+if TYPE_CHECKING:
+    from alrp_triton.kernels.tiles import Tiles
+
+IGNORE = -100
+
+# How many positives and how many others torch's own error is looked for among, at most. The largest
+# error of fewer pairs is smaller: it only makes the budget tighter.
+_COMPARED_POSITIVES, _COMPARED_OTHERS = 1 << 10, 1 << 14
+
+
+class Case(NamedTuple):
+    """What a call of count and gradient takes, and what the reference makes of it."""
+
+    logits: list[Tensor]  # levels (B, C, M)
+    targets: list[Tensor]
+    index: Tensor  # (P,), -1 for padding
+    scores: Tensor  # (P,), -inf for padding
+    values: Tensor  # (P,) float64; so are the next two
+    weights: Tensor
+    own: Tensor
+    delta: float
+
+    @property
+    def count_input(self) -> tuple[Any, ...]:
+        """The arguments of `count`."""
+        return self.logits, self.targets, self.scores, self.values, self.delta, IGNORE
+
+    @property
+    def gradient_input(self) -> tuple[Any, ...]:
+        """The arguments of `gradient`."""
+        return (*self._gradient_tensors(), self.delta, IGNORE)
+
+    def tuned_tiles(self) -> Tiles:
+        """What the kernels take where no sizes are given."""
+        from alrp_triton.kernels.tiles import tiles_for
+
+        return tiles_for(self.scores.device)
+
+    def expected_count(
+        self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
+    ) -> Tensor:
+        """(3, P) by the reference, in another dtype if one is named; padding is left out."""
+        valid = self.scores != -torch.inf
+        counts = torch.zeros(3, valid.numel(), dtype=torch.float64, device=valid.device)
+        counts[1] = 1
+        case = self.to(dtype)
+        vectors = case.scores[valid], self.values[valid]
+        counts[:, valid] = torch.stack(
+            reference.count(case.logits, self.targets, *vectors, self.delta, IGNORE)
+        )
+        return counts
+
+    def expected_gradient(
+        self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
+    ) -> list[Tensor]:
+        """By the reference."""
+        valid = self.index >= 0
+        levels, targets, *vectors = self.to(dtype)._gradient_tensors()
+        vectors = [vector[valid] for vector in vectors]
+        return reference.gradient(levels, targets, *vectors, self.delta, IGNORE)
+
+    def to(self, dtype: torch.dtype | None) -> Case:
+        """With finite logits and scores of another dtype."""
+        if dtype is None:
+            return self
+        return self._replace(
+            logits=[layout.finite(level).to(dtype) for level in self.logits],
+            scores=self.scores.to(layout.compute_dtype(dtype)),
+        )
+
+    def negatives(self) -> Tensor:
+        """The finite scores of the negatives."""
+        parts = pairwise._negatives(self.logits, self.targets, IGNORE)
+        return torch.cat([self.scores.new_empty(0), *parts])
+
+    def _gradient_tensors(self) -> tuple[Any, ...]:
+        return self.logits, self.targets, self.index, self.scores, self.weights, self.own
+
+
+def find(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], delta: float, padding: int = 0
+) -> Case:
+    """Finds the positives of levels, and draws a value, a weight and a gradient for each of them.
+
+    What is drawn is exact in float32. Padding is put anywhere among the positives.
+    """
+    device = logits[0].device
+    pairs = zip(logits, targets, strict=True)
+    number = sum(int(layout.is_positive(*pair, IGNORE).sum()) for pair in pairs)
+    index, scores = layout.locate(logits, targets, None, number, True, IGNORE)
+    place = torch.randperm(number + padding)[:number].sort().values.to(device)
+
+    def spread(vector: Tensor, filling: float) -> Tensor:
+        full = vector.new_full((number + padding,), filling)
+        full[place] = vector
+        return full
+
+    draw = [(torch.rand(number) + 0.1).double().to(device) for _ in range(3)]
+    return Case(
+        list(logits),
+        list(targets),
+        spread(index, -1),
+        spread(scores, -torch.inf),
+        spread(draw[0], 0.0),
+        spread(draw[1], 0.0),
+        spread(-draw[2], 0.0),
+        delta,
+    )
+
+
+def epsilon(case: Case) -> float:
+    """Of the dtype in which scores are compared."""
+    return torch.finfo(case.scores.dtype).eps
+
+
+def count_budget(case: Case, tiles: Tiles, exact: Tensor) -> Tensor:
+    """(3, P): how far NFP, rank+ and S may be from `exact`, the reference in float64."""
+    valid = case.scores != -torch.inf
+    scores = case.scores[valid]
+    budget = torch.zeros_like(exact)
+    # A sum of n float32 terms is right to n half units, and the kernel adds so many in a row.
+    chain = tiles.fold + tiles.count_rows + int(math.log2(tiles.lanes))
+    rounding = 0 if case.delta == 0 else chain * epsilon(case) / 2
+    negatives = case.negatives()
+    ones = torch.ones_like(negatives, dtype=torch.float64)
+    on_slope = _sum_within(negatives, ones, scores, *_slope(case))
+    budget[0, valid] = pair_error(case, negatives, tiles) * on_slope
+    budget[0] += rounding * exact[0]
+    error, values = pair_error(case, scores, tiles), case.values[valid]
+    budget[1, valid] = error * _sum_within(scores, torch.ones_like(values), scores, *_slope(case))
+    budget[2, valid] = error * _sum_within(scores, values, scores, *_slope(case))
+    return budget + torch.finfo(torch.float64).eps * exact.abs() * case.scores.numel()
+
+
+def gradient_budget(case: Case, tiles: Tiles, truth: Sequence[Tensor]) -> list[Tensor]:
+    """How far the gradient by each level may be from `truth`, the reference in float64."""
+    valid = case.scores != -torch.inf
+    scores, weights = case.scores[valid], case.weights[valid]
+    rounding = (min(tiles.fold, tiles.block) + 1) * epsilon(case) / 2
+    budgets = []
+    for level, exact in zip(case.logits, truth, strict=True):
+        finite = layout.finite(level).reshape(-1)
+        # The weights of the positives that have the logit on their slope.
+        below, above = _slope(case)
+        on_slope = _sum_within(scores, weights, finite, above, below).reshape(level.shape)
+        spread = pair_error(case, finite, tiles) * on_slope + rounding * exact.abs()
+        budgets.append(spread + rounding_of(level, exact, spread))
+    return budgets
+
+
+def rounding_of(out: Tensor, exact: Tensor, spread: Tensor) -> Tensor:
+    """What is lost by writing a result, `exact` to within `spread`, in the dtype of `out`."""
+    info = torch.finfo(out.dtype)
+    last_place = info.eps / 2 * exact.abs() + info.smallest_normal * info.eps / 2
+    if out.dtype == torch.bfloat16 and out.device.type == "cpu":
+        last_place *= 2  # the interpreter cuts off where a GPU rounds
+    return last_place + spread * info.eps
+
+
+def pair_error(case: Case, others: Tensor, tiles: Tiles) -> float:
+    """The allowed error of one H on its slope; everywhere else it is exact.
+
+    Four times the largest error that torch makes in the same dtype. A block that takes the way of
+    two instructions (float32, |s| scale <= FAST_RANGE, more than a few positives) may add half a
+    unit in the last place of 1/2 - s scale, as the kernels say.
+    """
+    from alrp_triton.kernels.pairwise import FAST_RANGE
+
+    scores = case.scores[case.scores != -torch.inf]
+    if case.delta == 0 or not scores.numel() or not others.numel():
+        return 0.0
+    below, above = _slope(case)
+    reached = (others >= scores.min() - below) & (others <= scores.max() + above)
+    others = _thin(others[reached], _COMPARED_OTHERS)
+    compared = _thin(scores, _COMPARED_POSITIVES)[:, None]
+    error = 0.0
+    if others.numel():
+        truth = pairwise.step(others.double() - compared.double(), case.delta)
+        same = pairwise.step(others - compared, case.delta)
+        error = (same.double() - truth).abs().max().item()
+    allowed = 4 * error + epsilon(case) / 2
+    if case.scores.dtype == torch.float32 and scores.numel() > tiles.few:
+        allowed += 2.0 ** (math.floor(math.log2(FAST_RANGE.value + 0.5)) - 24)
+    return allowed
+
+
+def _thin(vector: Tensor, most: int) -> Tensor:
+    return vector[:: max(1, math.ceil(vector.numel() / most))]
+
+
+def _slope(case: Case) -> tuple[float, float]:
+    """How far below and above a positive a score is on its slope, which H is rounded on."""
+    reach = case.delta * (1 + epsilon(case))
+    return (reach, reach) if case.delta else (-math.inf, -math.inf)  # the hard step has none
+
+
+def _sum_within(
+    points: Tensor, weights: Tensor, queries: Tensor, below: float, above: float
+) -> Tensor:
+    """For each query q, the sum of the weights of the points in [q - below, q + above]."""
+    points, order = points.double().sort()
+    sums = torch.nn.functional.pad(weights[order].cumsum(0), (1, 0))
+    queries = queries.double()
+    rounding = torch.finfo(torch.float64).eps * queries.abs()  # of the ends
+    first = torch.searchsorted(points, queries - below - rounding)
+    behind = torch.searchsorted(points, queries + above + rounding, right=True)
+    return (sums[behind] - sums[first]).clamp(min=0)
