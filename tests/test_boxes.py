@@ -11,7 +11,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +21,16 @@ from torch import Tensor
 
 import alrp_triton
 from alrp_triton.boxes import KINDS, NOTHING, box_overlap, localisation_errors
+from perf.box_budget import (
+    TORCH,
+    Backend,
+    Result,
+    deviation,
+    deviations,
+    evaluate,
+    grid_boxes,
+    random_boxes,
+)
 
 HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
@@ -29,14 +38,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
-class Backend(NamedTuple):
-    """Where and how a test runs."""
-
-    impl: str
-    device: str
-
-
-TORCH = Backend("torch", "cpu")
 TRITON = pytest.param(
     Backend("triton", "cpu"),
     id="interpreter",
@@ -90,70 +91,15 @@ def large_programs(monkeypatch):
         monkeypatch.setattr(importlib.import_module("alrp_triton.kernels.boxes"), "BLOCK", 1024)
 
 
-class Result(NamedTuple):
-    """What a call gives: (P,) errors, and the gradients (P, 4) by either side."""
-
-    errors: Tensor
-    by_pred: Tensor
-    by_target: Tensor
-
-
-def evaluate(backend, pred, target, kind="giou", tau=0.5, upstream=None) -> Result:
-    """Errors and both gradients, on the CPU; `upstream` is 1 unless told."""
-    pred = pred.detach().to(backend.device).requires_grad_()
-    target = target.detach().to(backend.device).requires_grad_()
-    errors = localisation_errors(pred, target, kind, tau, impl=backend.impl)
-    upstream = torch.ones_like(errors) if upstream is None else upstream.to(errors)
-    gradients = torch.autograd.grad(errors, (pred, target), upstream)
-    return Result(*(x.detach().cpu() for x in (errors, *gradients)))
-
-
-def random_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Proper boxes with sides of 1 to 9, exact in 16 bits: apart, overlapping, nested."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def some() -> Tensor:
-        low = torch.randint(0, 8 * 8, (pairs, 2), generator=generator) / 8
-        return torch.cat(
-            [low, low + 1 + torch.randint(0, 8 * 8, (pairs, 2), generator=generator) / 8], 1
-        )
-
-    return some(), some()
-
-
 def generic_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Boxes as above without a tie: no corner is level with one of the other box."""
     pred, target = random_boxes(pairs, seed)
     return pred + torch.tensor([1, 3, 5, 7]) / 64, target
 
 
-def grid_boxes() -> tuple[Tensor, Tensor]:
-    """All 6561 pairs of boxes with corners in {0, 1, 2}: all ties, empty and inside-out boxes."""
-    boxes = torch.tensor(list(product(range(3), repeat=4)), dtype=torch.float64)
-    return boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)
-
-
-def deviation(got: Tensor, truth: Tensor) -> float:
-    """Largest error of a pair, over the largest entry of any."""
-    got, truth = got.double(), truth.double()
-    assert got.shape == truth.shape
-    assert got.isfinite().all()
-    return float((got - truth).abs().max() / truth.abs().max())
-
-
 def check_budget(got: Result, pred: Tensor, target: Tensor, kind: str, tau: float = 0.5) -> None:
-    """Holds a result to what torch's rounding gives on the same boxes.
-
-    The rounding of torch in float32, against float64, is counted in units of the last place. A
-    result gets twice as many of the dtype it is computed in, and one for what it is stored in.
-    """
-    wide = evaluate(TORCH, pred.double(), target.double(), kind, tau)
-    narrow = evaluate(TORCH, pred.float(), target.float(), kind, tau)
-    for part, mine, single, truth in zip(Result._fields, got, narrow, wide, strict=True):
-        units = deviation(single, truth) / torch.finfo(torch.float32).eps
-        computed = torch.finfo(got.errors.dtype).eps
-        budget = (2 * units + 1) * computed + torch.finfo(mine.dtype).eps
-        assert deviation(mine, truth) <= budget, (part, kind)
+    for part, (found, budget) in deviations(got, pred, target, kind, tau).items():
+        assert found <= budget, (part, kind)
 
 
 # --- values ------------------------------------------------------------------------------------
