@@ -13,9 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from alrp_triton.reference import layout, pairwise
+from torch import Tensor
 
 if TYPE_CHECKING:
     from alrp_triton.kernels.tiles import Tiles
@@ -127,6 +126,13 @@ def find(
     )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device with the same strides, overlapping memory included."""
+    whole = tensor.untyped_storage().nbytes() // tensor.element_size()
+    flat = tensor.as_strided((whole,), (1,), 0).to(device)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def epsilon(case: Case) -> float:
     """Of the dtype in which scores are compared."""
     return torch.finfo(case.scores.dtype).eps
@@ -142,12 +148,13 @@ def count_budget(case: Case, tiles: Tiles, exact: Tensor) -> Tensor:
     rounding = 0 if case.delta == 0 else chain * epsilon(case) / 2
     negatives = case.negatives()
     ones = torch.ones_like(negatives, dtype=torch.float64)
-    on_slope = _sum_within(negatives, ones, scores, *_slope(case))
+    reach = reach_of(case)
+    on_slope = sum_within(negatives, ones, scores, reach, reach)
     budget[0, valid] = pair_error(case, negatives, tiles) * on_slope
     budget[0] += rounding * exact[0]
     error, values = pair_error(case, scores, tiles), case.values[valid]
-    budget[1, valid] = error * _sum_within(scores, torch.ones_like(values), scores, *_slope(case))
-    budget[2, valid] = error * _sum_within(scores, values, scores, *_slope(case))
+    budget[1, valid] = error * sum_within(scores, torch.ones_like(values), scores, reach, reach)
+    budget[2, valid] = error * sum_within(scores, values, scores, reach, reach)
     return budget + torch.finfo(torch.float64).eps * exact.abs() * case.scores.numel()
 
 
@@ -156,12 +163,12 @@ def gradient_budget(case: Case, tiles: Tiles, truth: Sequence[Tensor]) -> list[T
     valid = case.scores != -torch.inf
     scores, weights = case.scores[valid], case.weights[valid]
     rounding = (min(tiles.fold, tiles.block) + 1) * epsilon(case) / 2
+    reach = reach_of(case)
     budgets = []
     for level, exact in zip(case.logits, truth, strict=True):
         finite = layout.finite(level).reshape(-1)
         # The weights of the positives that have the logit on their slope.
-        below, above = _slope(case)
-        on_slope = _sum_within(scores, weights, finite, above, below).reshape(level.shape)
+        on_slope = sum_within(scores, weights, finite, reach, reach).reshape(level.shape)
         spread = pair_error(case, finite, tiles) * on_slope + rounding * exact.abs()
         budgets.append(spread + rounding_of(level, exact, spread))
     return budgets
@@ -188,8 +195,8 @@ def pair_error(case: Case, others: Tensor, tiles: Tiles) -> float:
     scores = case.scores[case.scores != -torch.inf]
     if case.delta == 0 or not scores.numel() or not others.numel():
         return 0.0
-    below, above = _slope(case)
-    reached = (others >= scores.min() - below) & (others <= scores.max() + above)
+    reach = reach_of(case)
+    reached = (others >= scores.min() - reach) & (others <= scores.max() + reach)
     others = _thin(others[reached], _COMPARED_OTHERS)
     compared = _thin(scores, _COMPARED_POSITIVES)[:, None]
     error = 0.0
@@ -207,13 +214,12 @@ def _thin(vector: Tensor, most: int) -> Tensor:
     return vector[:: max(1, math.ceil(vector.numel() / most))]
 
 
-def _slope(case: Case) -> tuple[float, float]:
-    """How far below and above a positive a score is on its slope, which H is rounded on."""
-    reach = case.delta * (1 + epsilon(case))
-    return (reach, reach) if case.delta else (-math.inf, -math.inf)  # the hard step has none
+def reach_of(case: Case) -> float:
+    """How far from a positive a score is on its slope, where H is rounded; or just beside it."""
+    return case.delta * (1 + epsilon(case))
 
 
-def _sum_within(
+def sum_within(
     points: Tensor, weights: Tensor, queries: Tensor, below: float, above: float
 ) -> Tensor:
     """For each query q, the sum of the weights of the points in [q - below, q + above]."""

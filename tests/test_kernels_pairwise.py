@@ -58,18 +58,10 @@ def make(
     """On the device, with drawn numbers for each positive."""
     logits = [logits] if isinstance(logits, Tensor) else logits
     targets = [targets] if isinstance(targets, Tensor) else targets
-    levels, level_targets = ([_to_device(x) for x in part] for part in (logits, targets))
-    return Case(*budgets.find(levels, level_targets, delta, padding))
-
-
-def _to_device(tensor: Tensor) -> Tensor:
-    """On the device with the same strides."""
-    if not HAS_GPU:
-        return tensor
-    storage = torch.empty(0, dtype=tensor.dtype, device=DEVICE).set_(
-        tensor.untyped_storage().to(DEVICE)
+    levels, level_targets = (
+        [budgets.to_device(x, torch.device(DEVICE)) for x in part] for part in (logits, targets)
     )
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return Case(*budgets.find(levels, level_targets, delta, padding))
 
 
 def class_indices(

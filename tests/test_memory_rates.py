@@ -1,4 +1,4 @@
-"""The micro-benchmarks: right in the interpreter or on a GPU, and compiled for one that is not here."""
+"""The micro-benchmarks: right in the interpreter or on a GPU, and what they compile to."""
 
 from __future__ import annotations
 

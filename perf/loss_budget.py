@@ -1,0 +1,124 @@
+"""How far a loss on the kernels may be from the truth: the kernels' budgets, passed down the road.
+
+A loss is made of NFP, rank+ and S by a few float64 operations, and its gradient by the logits of
+weights w(i) = D(i) / (Z NFP(i)). What the counts may be off by is carried on to first order: by a
+quotient as the sum of relative errors, by the sums over positives as the same sum of what each
+positive may be off by.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from alrp_triton.reference import layout
+from torch import Tensor
+
+from alrp_triton import alrp_loss, ap_loss
+
+from .budgets import (
+    IGNORE,
+    Case,
+    count_budget,
+    gradient_budget,
+    reach_of,
+    sum_within,
+)
+
+if TYPE_CHECKING:
+    from alrp_triton.kernels.tiles import Tiles
+
+LOSSES = ("alrp", "ap")
+
+# Second order terms of errors below 1e-2, and float64 roundings on the road.
+_SECOND_ORDER, _ROAD = 1.02, 32 * torch.finfo(torch.float64).eps
+
+
+class LossResult(NamedTuple):
+    """What a loss and its backward give; or how far that may be off."""
+
+    values: Tensor  # (2,) cls and loc, or (1,) of AP; float64
+    by_logits: list[Tensor]
+    by_loc_errors: Tensor | None  # (P,)
+
+
+def evaluate(
+    loss: str, case: Case, impl: str, algorithm: str, dtype: torch.dtype | None = None
+) -> LossResult:
+    """Forward and backward of a loss on the case, which has no padding; in float64 if asked."""
+    leaves = [level.detach().to(dtype or level.dtype).requires_grad_() for level in case.logits]
+    settings = {"ignore_index": IGNORE, "impl": impl, "algorithm": algorithm}
+    if loss == "ap":
+        value = ap_loss(leaves, case.targets, case.delta, **settings)
+        value.backward()
+        return LossResult(value.detach().double()[None], [leaf.grad for leaf in leaves], None)
+    loc_errors = case.values.detach().to(layout.compute_dtype(leaves[0].dtype)).requires_grad_()
+    values = alrp_loss(leaves, case.targets, loc_errors, case.delta, **settings)
+    sum(values).backward()
+    values = torch.stack([value.detach().double() for value in values])
+    return LossResult(values, [leaf.grad for leaf in leaves], loc_errors.grad)
+
+
+def loss_budget(
+    loss: str, case: Case, tiles: Tiles, truth: LossResult, reference: ModuleType
+) -> LossResult:
+    """How far a loss may be from `truth`, the reference's in float64."""
+    case = case if loss == "alrp" else case._replace(values=torch.zeros_like(case.values))
+    exact = case.expected_count(torch.float64, reference)
+    nfp, rank_positive, value_sum = exact
+    d_nfp, d_rank_positive, d_sum = count_budget(case, tiles, exact)
+    positives, rank = max(1, nfp.numel()), nfp + rank_positive
+    d_rank = (d_nfp + d_rank_positive) / rank  # relative
+    eps = torch.finfo(case.scores.dtype).eps
+
+    # 1. D = (NFP + S) / rank for both losses, AP having no S; w = D / (Z NFP).
+    driven = (nfp + value_sum) / rank
+    d_driven = (d_nfp + d_sum) / rank + driven * (d_rank + _ROAD)
+    seen = nfp > 4 * d_nfp
+    weights = torch.where(nfp > 0, driven / nfp, 0.0) / positives
+    d_weights = torch.where(seen, d_driven / nfp + weights * positives * d_nfp / nfp, 0.0)
+    # Where not even NFP > 0 is sure, the whole update of a positive may be there or not, and all of
+    # it on one logit.
+    unsure = torch.where((nfp <= 4 * d_nfp) & (d_nfp > 0), driven + d_driven, 0.0) / positives
+
+    # 2. The gradient by the logits.
+    given = case._replace(weights=weights, own=-driven / positives)
+    passed = case._replace(
+        weights=_SECOND_ORDER * d_weights / positives,
+        own=_SECOND_ORDER * d_driven / positives + unsure,
+    ).expected_gradient(torch.float64, reference)
+    by_logits = []
+    budgets = gradient_budget(given, tiles, truth.by_logits)
+    for level, budget, more in zip(case.logits, budgets, passed, strict=True):
+        finite = layout.finite(level).reshape(-1)
+        whole = sum_within(case.scores, 2 * unsure, finite, torch.inf, reach_of(case))
+        more = more.abs() + whole.reshape(level.shape)
+        by_logits.append(budget + more * (1 + torch.finfo(level.dtype).eps))
+
+    # 3. The values. A loss is rounded to the dtype of the scores at the end.
+    d_values = [((d_nfp + d_rank_positive) / rank).sum() / positives]
+    by_loc_errors = None
+    if loss == "alrp":
+        error = (case.values + value_sum) / rank
+        d_values.append((d_sum / rank + error * d_rank).sum() / positives)
+        by_loc_errors = _by_loc_errors(case, tiles, rank, d_rank, reference)
+        assert truth.by_loc_errors is not None
+        by_loc_errors += (eps + _ROAD) * truth.by_loc_errors.abs()
+    values = _SECOND_ORDER * torch.stack(d_values) + (eps + _ROAD) * truth.values.abs()
+    return LossResult(values, by_logits, by_loc_errors)
+
+
+def _by_loc_errors(
+    case: Case, tiles: Tiles, rank: Tensor, d_rank: Tensor, reference: ModuleType
+) -> Tensor:
+    """Of dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
+
+    The sum is S(k) of the values 1 / rank among the negated scores.
+    """
+    turned = case._replace(logits=[], targets=[], scores=-case.scores, values=1 / rank)
+    exact = turned.expected_count(torch.float64, reference)
+    off = count_budget(turned, tiles, exact)[2]
+    d_values = _SECOND_ORDER * d_rank / rank
+    passed = turned._replace(values=d_values).expected_count(torch.float64, reference)[2]
+    return (off + passed + d_values) / max(1, rank.numel())
