@@ -13,6 +13,7 @@ report says so and holds nothing that was measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -141,6 +142,14 @@ class Worker:
             keep({"task": running, "ok": False, "error": why})
             return False
 
+    def dismiss(self) -> None:
+        """Lets the process end by itself, if it waits for an order."""
+        if self._process is not None and self._process.is_alive():
+            with contextlib.suppress(OSError):
+                self._connection.send(None)
+            self._process.join(_MARGIN / 2)
+        self.stop()
+
     def stop(self) -> None:
         """Ends the process, however it is."""
         if self._process is not None and self._process.is_alive():
@@ -186,7 +195,7 @@ def run(
             _write(report, out)
             print(f"{time.monotonic() - start:6.1f} s  {line(entry)}", flush=True)
     finally:
-        worker.stop()
+        worker.dismiss()
     return report
 
 
@@ -317,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA or ROCm device: --rehearse walks the steps without one", file=sys.stderr)
         return 2
     else:
+        os.environ.pop("TRITON_INTERPRET", None)
         name = torch.cuda.get_device_name(0).replace(" ", "-").replace("/", "-")
         out = options.out or _RESULTS / name
     steps = [step for step in STEPS if options.only is None or step.name in options.only]

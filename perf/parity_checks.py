@@ -162,19 +162,23 @@ def _pyramid(dtype: torch.dtype, per_logit: bool, size: Size) -> tuple[list, lis
     """Levels in the orders of memory that heads and their callers hand over."""
     classes, places = size.classes, max(4, size.anchors // 8)
     share = min(0.3, size.positives / size.anchors)
+
+    def draw(*shape: int) -> Tensor:  # cast before it is cut, or the strides would be lost
+        return (2 * torch.randn(shape)).to(dtype)
+
     levels = [
-        torch.randn(4, classes, places),
-        torch.randn(2, places, classes).transpose(1, 2),  # channels last
-        torch.randn(places // 2, classes).t().contiguous().t()[:, :, None],  # batch fastest
-        torch.randn(3, 2 * classes, places)[1:, ::2, 1::2],  # every other place and class
-        torch.randn(1, classes, 9).expand(4, classes, 9),
-        torch.randn(2, classes, 1),
-        torch.randn(2, classes, 0),
+        draw(4, classes, places),
+        draw(2, places, classes).transpose(1, 2),  # channels last
+        draw(classes, places // 2).t()[:, :, None],  # batch fastest
+        draw(3, 2 * classes, places)[1:, ::2, 1::2],  # every other place and class
+        draw(1, classes, 9).expand(4, classes, 9),
+        draw(2, classes, 1),
+        draw(2, classes, 0),
     ]
     targets = [_class_indices(x.shape[0], x.shape[1], x.shape[2], share) for x in levels]
     if per_logit:
         targets = [_marks(x, target) for x, target in zip(levels, targets, strict=True)]
-    return [2 * x.to(dtype) for x in levels[:4]] + [x.to(dtype) for x in levels[4:]], targets
+    return levels, targets
 
 
 def _marks(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,190 @@
+"""perf.gpu: rehearsed whole, and what it does when a task is wrong, crashes, hangs or is late."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+gpu = importlib.import_module("perf.gpu")
+steps = importlib.import_module("perf.gpu_steps")
+parity_checks = importlib.import_module("perf.parity_checks")
+Step, Task = steps.Step, steps.Task
+
+
+# Steps that a worker process finds here by name.
+
+
+def right(context):
+    yield Task("first", lambda: {"ok": True, "device_type": context.device.type})
+    yield Task("second", lambda: {"figure": 1.5})
+
+
+def planted(context):
+    """A count that is off by a little, held to the truth like any other."""
+    kernels = next(iter(context.algorithms.values()))
+    draw = parity_checks.draw_case
+
+    class Off:
+        gradient = staticmethod(kernels.gradient)
+
+        @staticmethod
+        def count(*arguments):
+            nfp, rank_positive, value_sum = kernels.count(*arguments)
+            return nfp * (1 + 1e-4), rank_positive, value_sum
+
+    case = draw(context.sizes.full, "spread", torch.float32, context.device)
+    yield Task("as it is", lambda: parity_checks.judge(case, kernels))
+    yield Task("off by a little", lambda: parity_checks.judge(case, Off))
+
+
+def crashing(context):
+    yield Task("before", lambda: {"ok": True})
+    yield Task("raises", lambda: {"ok": 1 / 0})
+    yield Task("dies", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    yield Task("after", lambda: {"ok": True})
+
+
+def losing_the_device(context):
+    def lose():
+        def gone():
+            raise RuntimeError("an illegal memory access was encountered")
+
+        context.check_health = gone
+        return {"ok": True}
+
+    yield Task("lost", lose)
+    yield Task("after", lambda: {"ok": True, "process": os.getpid()})
+
+
+def unlisted(context):
+    raise KeyError("no such list")
+    yield
+
+
+def hanging(context):
+    yield Task("hangs", lambda: time.sleep(600) or {})
+    yield Task("after", lambda: {"ok": True})
+
+
+def slow(context):
+    for number in range(100):
+        yield Task(f"nap {number}", lambda: time.sleep(0.2) or {"slept": 0.2})
+
+
+def run(tmp_path, *given, minutes=3.0):
+    report = gpu.run(given, steps.Rehearsal, tmp_path, minutes)
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == json.loads(
+        json.dumps(report["steps"])
+    )
+    return report, {step["name"]: step for step in report["steps"]}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def test_a_planted_failure_is_named(tmp_path):
+    report, by_name = run(tmp_path, Step("parity", planted, 100, True), Step("next", right, 10))
+    assert by_name["parity"]["status"] == "failed"
+    assert [row["ok"] for row in by_name["parity"]["rows"]] == [True, False]
+    assert by_name["next"]["status"] == "ok"
+    (failure,) = gpu.failures(report)
+    assert failure.startswith("parity: off by a little: error over budget {'NFP'")
+    assert failure in gpu.table(report)
+
+
+def test_a_crash_stops_nothing_else(tmp_path):
+    given = Step("crash", crashing, 60), Step("lost", losing_the_device, 60)
+    report, by_name = run(tmp_path, *given, Step("list", unlisted, 60), Step("next", right, 60))
+    before, raises, dies, after = by_name["crash"]["rows"]
+    assert before["ok"]
+    assert after["ok"]
+    assert "ZeroDivisionError" in raises["error"]
+    assert "exit status -9" in dies["error"]
+    lost, recovered = by_name["lost"]["rows"]
+    assert "illegal memory access" in lost["device"]
+    assert not lost["ok"]
+    assert recovered["ok"]
+    assert "no such list" in by_name["list"]["rows"][0]["error"]
+    assert by_name["next"]["status"] == "ok"
+    assert by_name["next"]["rows"][1]["figure"] == 1.5
+    assert [name.split(":")[0] for name in gpu.failures(report)] == ["crash"] * 2 + ["lost", "list"]
+
+
+def test_a_hanging_task_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_LATE", 0.0)
+    given = Step("hang", hanging, 15), Step("next", right, 1000)
+    report, by_name = run(tmp_path, *given, minutes=2)
+    assert "was stopped" in by_name["hang"]["rows"][0]["error"]
+    assert by_name["next"]["status"] == "ok"
+    assert len(gpu.failures(report)) == 1
+
+
+def test_the_budget_is_kept_and_what_is_cut_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_MARGIN", 0.0)
+    start = time.monotonic()
+    given = Step("slow", slow, 60), Step("late", right, 60), Step("parity", right, 60, True)
+    report, by_name = run(tmp_path, *given, minutes=0.3)
+    assert time.monotonic() - start < 30
+    assert by_name["slow"]["status"] == "incomplete"
+    assert any("left_out" in row for row in by_name["slow"]["rows"])
+    assert by_name["parity"]["status"] in ("ok", "skipped")
+
+    report, by_name = run(tmp_path, *given, minutes=0.0)
+    assert [step["status"] for step in report["steps"]] == ["skipped"] * 3
+    assert gpu.failures(report) == ["parity: skipped, but required"]
+
+
+def test_no_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+
+
+# Those below are made by other commands, or run these tests themselves.
+ELSEWHERE = {"benchmark", "tuning", "tests"}
+
+
+def test_rehearsal(tmp_path, capsys):
+    names = [step.name for step in steps.STEPS if step.name not in ELSEWHERE]
+    status = gpu.main(["--rehearse", "--out", str(tmp_path), "--only", *names])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 0, printed
+    assert report["rehearsal"] is True
+    assert "REHEARSAL" in (tmp_path / "report.md").read_text()
+    assert [step["name"] for step in report["steps"]] == names
+    assert all(step["status"] == "ok" and step["rows"] for step in report["steps"]), printed
+    assert len(printed) < 12_000
+    for step in report["steps"]:
+        if step["required"]:
+            assert all(row["ok"] is True for row in step["rows"])
+
+
+def test_the_table_and_the_tuner_are_called(tmp_path, monkeypatch):
+    def tune(device, seconds):
+        assert 0 < seconds <= 60
+        return {}
+
+    elsewhere = SimpleNamespace(
+        CELLS={"rehearse": ("a cell",)},
+        VARIANTS={},
+        run=lambda cells, variants, device, rounds, until: {"rows": [*cells], "dropped": []},
+        tune=tune,
+        write=lambda result, folder, name="tiles": [folder / f"{name}.json"],
+    )
+    monkeypatch.setattr(steps.importlib, "import_module", lambda name: elsewhere)
+    context = steps.Rehearsal(tmp_path)
+    context.until = time.monotonic() + 60
+    (benchmark,), (tuning,) = steps.benchmark(context), steps.tuning(context)
+    assert benchmark.run() == {"rows": 1, "dropped": [], "files": ["bench.json"]}
+    assert tuning.run() == {"files": ["tiles.json"]}
