@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     logits: list[Tensor]  # levels (B, C, M)
     targets: list[Tensor]
-    index: Tensor  # (P,), -1 for padding
+    index: Tensor  # type: ignore[assignment]  # (P,), -1 for padding; a tuple's index() is unused
     scores: Tensor  # (P,), -inf for padding
     values: Tensor  # (P,) float64; so are the next two
     weights: Tensor
@@ -131,6 +131,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     whole = tensor.untyped_storage().nbytes() // tensor.element_size()
     flat = tensor.as_strided((whole,), (1,), 0).to(device)
     return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Of a leaf that a backward has reached."""
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def epsilon(case: Case) -> float:

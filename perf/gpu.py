@@ -136,6 +136,9 @@ class Worker:
                         return False
         except (EOFError, OSError) as error:
             self.stop()
+            if time.monotonic() >= end:
+                keep({"task": running, "left_out": "stopped, time is up"})
+                return False
             why = str(error)
             if not isinstance(error, TimeoutError):
                 why = f"its process died, exit status {self._process.exitcode}"

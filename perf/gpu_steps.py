@@ -28,7 +28,7 @@ from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, ops
 from alrp_triton.boxes import KINDS
 
 from . import box_budget, parity_checks, timing
-from .budgets import IGNORE, Case
+from .budgets import IGNORE, Case, gradient_of
 from .launches import OnGrid, compiled_variants, same
 from .parity_checks import Size
 from .workloads import DISTRIBUTIONS
@@ -38,6 +38,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 # What the losses may take beyond the logits and their gradient, at full size.
 _SHARE, _CONSTANT = 0.02, 32 << 20
+
+
+# Seconds before the end of its time at which what looks at the clock itself should stop.
+_ENDING = 10.0
 
 
 class Sizes(NamedTuple):
@@ -282,7 +286,7 @@ def _repeat(
     return {"ok": equal == repeats - 1, "equal": equal, "of": repeats - 1}
 
 
-def _regrid(draw: Callable[[], Case], kernels: ModuleType) -> dict[str, Any]:
+def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
     """What pairwise promises: any grid, any gradient tile, and hard counts by any count tile."""
     case = draw()
     counts, gradients = kernels.count(*case.count_input), kernels.gradient(*case.gradient_input)
@@ -334,7 +338,7 @@ class _Call:
     def results(self) -> list[Tensor]:
         """Values, and the gradients by logits and by loc_errors."""
         leaves = (*self.logits, self.loc_errors)
-        return [*(x.detach() for x in self.losses), *(leaf.grad for leaf in leaves)]
+        return [*(x.detach() for x in self.losses), *map(gradient_of, leaves)]
 
 
 def synchronisations(context: Context) -> Iterator[Task]:
@@ -439,11 +443,10 @@ def _vary(context: Context, kernels: ModuleType) -> dict[str, Any]:
 def boxes(context: Context) -> Iterator[Task]:
     """The localisation errors and their gradients beside torch's, and the degenerate boxes."""
     kernels = box_budget.Backend("triton", context.device.type)
-    drawn = {"random boxes": lambda: box_budget.random_boxes(context.sizes.edge.anchors)}
+    draw = partial(box_budget.random_boxes, context.sizes.edge.anchors)
     for kind in KINDS:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             name = f"{kind} {dtype}"
-            draw = drawn["random boxes"]
             yield Task(name, partial(_judge_boxes, kernels, draw, kind, getattr(torch, dtype)))
         ties = partial(_first, box_budget.grid_boxes, 40 * context.sizes.edge.anchors)
         yield Task(f"{kind}, ties", partial(_judge_boxes, kernels, ties, kind, torch.float32))
@@ -488,7 +491,7 @@ def _compile(context: Context, algorithm: str) -> dict[str, Any]:
     loss = forward(call.logits, case.targets, call.loc_errors, call.settings)
     loss.backward()
     seconds = time.monotonic() - start
-    by_logits = same([leaf.grad for leaf in call.logits], eager[2:-1])
+    by_logits = same([gradient_of(leaf) for leaf in call.logits], eager[2:-1])
     # Float64 sums in another order, rounded once or twice to float32.
     rounding = 2 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(loss.detach(), eager[0] + eager[1], rtol=rounding, atol=0)
@@ -655,8 +658,8 @@ def benchmark(context: Context) -> Iterator[Task]:
 
 def _benchmark(context: Context) -> dict[str, Any]:
     bench = importlib.import_module("perf.bench")
-    cells, rounds = bench.CELLS[context.cells], context.sizes.rounds
-    report = bench.run(cells, bench.VARIANTS, context.device, rounds, until=context.until)
+    cells, rounds, until = bench.CELLS[context.cells], context.sizes.rounds, context.until - _ENDING
+    report = bench.run(cells, bench.VARIANTS, context.device, rounds, until=until)
     files = bench.write(report, context.out, "bench")
     return {"rows": len(report["rows"]), "dropped": report["dropped"], "files": _names(files)}
 
@@ -668,8 +671,7 @@ def tuning(context: Context) -> Iterator[Task]:
 
 def _tune(context: Context) -> dict[str, Any]:
     autotune = importlib.import_module("perf.autotune")
-    left = context.until - time.monotonic()
-    result = autotune.tune(context.device, left)
+    result = autotune.tune(context.device, context.until - _ENDING - time.monotonic())
     return {"files": _names(autotune.write(result, context.out))}
 
 
@@ -688,7 +690,7 @@ def _pytest(context: Context) -> dict[str, Any]:
         return {"dropped": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     files = ("tests/test_kernels_pairwise.py", "tests/test_triton.py")
-    seconds = max(1.0, context.until - time.monotonic())
+    seconds = max(1.0, context.until - _ENDING - time.monotonic())
     try:
         done = subprocess.run(
             [*command, *files], cwd=_ROOT, capture_output=True, text=True, timeout=seconds

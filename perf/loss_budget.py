@@ -9,7 +9,7 @@ positive may be off by.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from alrp_triton.reference import layout
@@ -22,6 +22,7 @@ from .budgets import (
     Case,
     count_budget,
     gradient_budget,
+    gradient_of,
     reach_of,
     sum_within,
 )
@@ -40,7 +41,7 @@ class LossResult(NamedTuple):
 
     values: Tensor  # (2,) cls and loc, or (1,) of AP; float64
     by_logits: list[Tensor]
-    by_loc_errors: Tensor | None  # (P,)
+    by_loc_errors: Tensor  # (P,), or none of AP
 
 
 def evaluate(
@@ -48,16 +49,20 @@ def evaluate(
 ) -> LossResult:
     """Forward and backward of a loss on the case, which has no padding; in float64 if asked."""
     leaves = [level.detach().to(dtype or level.dtype).requires_grad_() for level in case.logits]
-    settings = {"ignore_index": IGNORE, "impl": impl, "algorithm": algorithm}
+    settings: dict[str, Any] = {"ignore_index": IGNORE, "impl": impl, "algorithm": algorithm}
+    values: tuple[Tensor, ...]
     if loss == "ap":
         value = ap_loss(leaves, case.targets, case.delta, **settings)
         value.backward()
-        return LossResult(value.detach().double()[None], [leaf.grad for leaf in leaves], None)
-    loc_errors = case.values.detach().to(layout.compute_dtype(leaves[0].dtype)).requires_grad_()
-    values = alrp_loss(leaves, case.targets, loc_errors, case.delta, **settings)
-    sum(values).backward()
-    values = torch.stack([value.detach().double() for value in values])
-    return LossResult(values, [leaf.grad for leaf in leaves], loc_errors.grad)
+        values, by_loc_errors = (value,), value.new_empty(0)
+    else:
+        dtype = layout.compute_dtype(leaves[0].dtype)
+        loc_errors = case.values.detach().to(dtype).requires_grad_()
+        values = alrp_loss(leaves, case.targets, loc_errors, case.delta, **settings)
+        (values[0] + values[1]).backward()
+        by_loc_errors = gradient_of(loc_errors)
+    stacked = torch.stack([value.detach().double() for value in values])
+    return LossResult(stacked, [gradient_of(leaf) for leaf in leaves], by_loc_errors)
 
 
 def loss_budget(
@@ -98,12 +103,11 @@ def loss_budget(
 
     # 3. The values. A loss is rounded to the dtype of the scores at the end.
     d_values = [((d_nfp + d_rank_positive) / rank).sum() / positives]
-    by_loc_errors = None
+    by_loc_errors = torch.empty_like(truth.by_loc_errors)
     if loss == "alrp":
         error = (case.values + value_sum) / rank
         d_values.append((d_sum / rank + error * d_rank).sum() / positives)
         by_loc_errors = _by_loc_errors(case, tiles, rank, d_rank, reference)
-        assert truth.by_loc_errors is not None
         by_loc_errors += (eps + _ROAD) * truth.by_loc_errors.abs()
     values = _SECOND_ORDER * torch.stack(d_values) + (eps + _ROAD) * truth.values.abs()
     return LossResult(values, by_logits, by_loc_errors)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss, ops
 
-from .budgets import IGNORE, Case, count_budget, find, gradient_budget, to_device
+from .budgets import IGNORE, Case, count_budget, find, gradient_budget, gradient_of, to_device
 from .loss_budget import LOSSES, evaluate, loss_budget
 from .workloads import draw_logits, draw_targets
 
 # Up to so many pairs the truth is the specification itself, evaluated pair by pair.
-_SPECIFIED = 1 << 28
+_SPECIFIED = 1 << 29
 
 
 class Size(NamedTuple):
@@ -97,7 +97,7 @@ def judge_losses(case: Case, algorithm: str) -> dict[str, Any]:
             got = evaluate(loss, case, "triton", algorithm)
         ratios[f"{loss} value"] = worst(got.values, truth.values, budget.values)
         ratios[f"{loss} gradient"] = worst_of(got.by_logits, truth.by_logits, budget.by_logits)
-        if truth.by_loc_errors is not None:
+        if loss == "alrp":
             parts = got.by_loc_errors, truth.by_loc_errors, budget.by_loc_errors
             ratios[f"{loss} by loc_errors"] = worst(*parts)
     return verdict(ratios)
@@ -270,8 +270,8 @@ def judge_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
         logits = torch.linspace(-1, 1, 12, device=device).view(6, 2).clone()
         targets = torch.tensor([0, -1, 1, -1, -1, IGNORE], device=device)
         logits[place, 0] = torch.nan
-        settings = {"impl": "triton", "algorithm": algorithm}
-        cls, _ = alrp_loss(logits, targets, torch.rand(2, device=device), **settings)
+        loc_errors = torch.rand(2, device=device)
+        cls, _ = alrp_loss(logits, targets, loc_errors, impl="triton", algorithm=algorithm)
         outcomes[name] = bool(cls.isnan()) == expected
     return {"ok": all(outcomes.values()), **outcomes}
 
@@ -283,8 +283,8 @@ def judge_nothing_to_rank(algorithm: str, device: torch.device) -> dict[str, Any
         positives = int(layout.is_positive(targets[:, None], targets, IGNORE).sum())
         logits = torch.zeros(6, 1, device=device, requires_grad=True)
         loc_errors = torch.rand(positives, device=device, requires_grad=True)
-        settings = {"impl": "triton", "algorithm": algorithm}
-        cls, loc = alrp_loss(logits, targets.to(device), loc_errors, **settings)
+        given = logits, targets.to(device), loc_errors
+        cls, loc = alrp_loss(*given, impl="triton", algorithm=algorithm)
         (cls + loc).backward()
-        outcomes.append(cls.item() == 0 and loc.isfinite().item() and not logits.grad.any())
+        outcomes.append(cls.item() == 0 and loc.isfinite().item() and not gradient_of(logits).any())
     return {"ok": all(outcomes)}
