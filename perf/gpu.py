@@ -34,7 +34,7 @@ from .gpu_steps import STEPS, Context, Rehearsal, Step, Task
 _RESULTS = Path(__file__).parent / "results" / "gpu"
 _MARGIN = 6.0  # seconds of the budget that are kept for ending
 _LATE = 20.0  # seconds by which a task may pass its step's share before it counts as hung
-_STARTING = "(start of the process)"
+_STARTING, _BETWEEN = "(start of the process)", "(between two tasks)"
 _SHOWN = 100  # characters of an error in the table
 
 Report = dict[str, Any]
@@ -51,7 +51,7 @@ class Order(NamedTuple):
     until: float  # time.monotonic() from which on no further task begins
 
 
-def work(connection: Connection, make: Callable[[Path], Context], out: Path) -> None:
+def work(connection: Connection, make: type[Context], out: Path) -> None:
     """Carries out orders until it is told None: says what begins, and what came of it."""
     context = make(out)
     while (order := connection.recv()) is not None:
@@ -95,7 +95,7 @@ def attempt(task: Task, context: Context) -> dict[str, Any]:
 class Worker:
     """A process that carries out orders, replaced when it is lost."""
 
-    def __init__(self, make: Callable[[Path], Context], out: Path) -> None:
+    def __init__(self, make: type[Context], out: Path) -> None:
         self._arguments = make, out
         self._process: Any = None
         self._connection: Any = None
@@ -130,7 +130,7 @@ class Worker:
                     running, due = content, time.monotonic() + limit
                 else:
                     keep({"task": running, **content})
-                    running = "(between two tasks)"
+                    running = _BETWEEN
                     if "device" in content:
                         self.stop()
                         return False
@@ -174,14 +174,12 @@ class Worker:
 # --- the command --------------------------------------------------------------------------------
 
 
-def run(
-    steps: Sequence[Step], make: Callable[[Path], Context], out: Path, minutes: float
-) -> Report:
+def run(steps: Sequence[Step], make: type[Context], out: Path, minutes: float) -> Report:
     """Runs the steps within the time, writes the report after each task, and returns it."""
     start = time.monotonic()
     end = start + 60 * minutes - _MARGIN
     report: Report = {
-        "rehearsal": issubclass(make, Rehearsal) if isinstance(make, type) else False,
+        "rehearsal": issubclass(make, Rehearsal),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "minutes": minutes,
         "steps": [],
@@ -227,8 +225,8 @@ def _run_step(
     while not finished and time.monotonic() < end:
         order = Order(step.tasks, len(entry["rows"]), until)
         finished = worker.carry_out(order, end, share + _LATE, keep)
-        if not finished and entry["rows"][-1]["task"] == _STARTING:
-            break  # another process would not start either
+        if not finished and entry["rows"][-1]["task"] in (_STARTING, _BETWEEN):
+            break  # another process would fare no better
     failed = any(not row.get("ok", True) for row in entry["rows"])
     cut = not finished or any("left_out" in row for row in entry["rows"])
     entry["status"] = "failed" if failed else "incomplete" if cut else "ok"
@@ -279,7 +277,8 @@ def table(report: Report) -> str:
     for entry in report["steps"]:
         if entry["name"] in ("machine", "memory", "timings", "rates", "benchmark", "tuning"):
             lines += ["", f"{entry['name']}:"]
-            lines += [f"  {row['task']}: {_figures(row)}" for row in entry["rows"]]
+            for row in entry["rows"]:
+                lines.append(f"  {row['task']}: {(_figures if row.get('ok', True) else _why)(row)}")
     failed = failures(report)
     lines += ["", f"FAILED ({len(failed)}):" if failed else "nothing failed"]
     return "\n".join(lines + [f"  {failure}" for failure in failed[:30]])
