@@ -52,7 +52,9 @@ class Case(NamedTuple):
         """What the kernels take where no sizes are given."""
         from alrp_triton.kernels.tiles import tiles_for
 
-        return tiles_for(self.scores.device)
+        size = sum(level.numel() for level in self.logits)
+        dtype = self.logits[0].dtype if self.logits else self.scores.dtype
+        return tiles_for(self.scores.device, dtype, self.scores.numel(), size)
 
     def expected_count(
         self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
@@ -150,7 +152,7 @@ def count_budget(case: Case, tiles: Tiles, exact: Tensor) -> Tensor:
     scores = case.scores[valid]
     budget = torch.zeros_like(exact)
     # A sum of n float32 terms is right to n half units, and the kernel adds so many in a row.
-    chain = tiles.fold + tiles.count_rows + int(math.log2(tiles.lanes))
+    chain = tiles.count_fold + tiles.count_rows + int(math.log2(tiles.lanes * tiles.count_warps))
     rounding = 0 if case.delta == 0 else chain * epsilon(case) / 2
     negatives = case.negatives()
     ones = torch.ones_like(negatives, dtype=torch.float64)
@@ -168,7 +170,7 @@ def gradient_budget(case: Case, tiles: Tiles, truth: Sequence[Tensor]) -> list[T
     """How far the gradient by each level may be from `truth`, the reference in float64."""
     valid = case.scores != -torch.inf
     scores, weights = case.scores[valid], case.weights[valid]
-    rounding = (min(tiles.fold, tiles.block) + 1) * epsilon(case) / 2
+    rounding = (min(tiles.gradient_fold, tiles.gradient_block) + 1) * epsilon(case) / 2
     reach = reach_of(case)
     budgets = []
     for level, exact in zip(case.logits, truth, strict=True):

@@ -41,9 +41,10 @@ def _call(
     target: str,
     positives: int = 1000,
     shape: tuple[int, int, int] = (4, 20, 100),
+    tuned: tuple = (),
 ) -> list:
-    """The launches of one count and one gradient."""
-    from alrp_triton.kernels.tiles import default_tiles
+    """The launches of one count and one gradient, by the defaults where nothing is tuned."""
+    from alrp_triton.kernels.tiles import choose, default_tiles
     from perf import sass
 
     logits_dtype, targets_dtype, per_logit, delta, wide = CASES[case]
@@ -58,7 +59,8 @@ def _call(
     index = torch.zeros(positives, dtype=torch.int64)
     gpu = sass.gpu_target(target)
     major = int(target.removeprefix("sm_")) // 10 if gpu.backend == "cuda" else 9
-    tiles = default_tiles(gpu.warp_size, major)
+    default = default_tiles(gpu.warp_size, major)
+    tiles = choose(list(tuned), default, logits.dtype, positives, logits.numel())
     with sass.record() as launches:
         kernels.count([logits], [targets], scores, vector, delta, -100, tiles)
         kernels.gradient([logits], [targets], index, scores, vector, vector, delta, -100, tiles)
@@ -92,7 +94,21 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
     return figures
 
 
-def _variants(target: str) -> list[int]:
+def _tuned() -> tuple:
+    """Four classes of sizes, two of which differ in nothing that a kernel is compiled for."""
+    from alrp_triton.kernels.tiles import Class, Tiles
+
+    few, many, small, large = (0, 1024), (1025, None), (0, 1 << 20), ((1 << 20) + 1, None)
+    sizes = Tiles(count_block=64, gradient_block=64)
+    return (
+        (Class("float32", few, small), sizes),
+        (Class("float32", few, large), sizes._replace(count_programs=1024)),
+        (Class("float32", many, small), sizes._replace(gradient_rows=4, few=8)),
+        (Class("float32", many, large), sizes._replace(count_warps=2, count_stages=2)),
+    )
+
+
+def _variants(target: str, tuned: tuple = ()) -> list[int]:
     """How many variants of kernels there are after each of 50 calls of random sizes."""
     from alrp_triton.kernels import pairwise
     from perf import sass
@@ -105,7 +121,7 @@ def _variants(target: str) -> list[int]:
         if call % 5 == 0:  # what a JIT likes to specialise on
             positives, batch, places = (1, 16, 32, 4096)[call % 4], 16, (1, 16, 64)[call % 3]
         CASES["float32"] = ("float32", "int64", False, 0.1 + call, False)
-        for launch in _call(pairwise, "float32", target, positives, (batch, 20, places)):
+        for launch in _call(pairwise, "float32", target, positives, (batch, 20, places), tuned):
             seen.add((launch.kernel.fn.__name__, sass.variant(launch, target)))
         numbers.append(len(seen))
     return numbers
@@ -170,6 +186,15 @@ def test_random_sizes_and_deltas_make_no_new_variant(target: str, compiled: dict
     assert numbers == [6] * 50  # one of each kernel, and the preparation with weights and without
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_tuned_classes_make_no_more_variants_than_they_differ(target: str, compiled: dict) -> None:
+    """Of `_tuned`: two preparations (few) of two kinds, count (few, warps), gradient (rows)."""
+    numbers = compiled[target]["tuned_variants"]
+    assert numbers[-1] == 2 * 2 + 3 + 2 + 1 + 1
+    assert numbers[25:] == numbers[-1:] * 25
+
+
 if __name__ == "__main__":
     name = sys.argv[1]
-    print(json.dumps({"figures": _figures(name), "variants": _variants(name)}))
+    results = {"figures": _figures(name), "variants": _variants(name)}
+    print(json.dumps(results | {"tuned_variants": _variants(name, _tuned())}))

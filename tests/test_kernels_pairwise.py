@@ -26,7 +26,10 @@ Tiles = tiles_module.Tiles
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Tiles of 8 logits and blocks of 8 positives: a few dozen numbers make several of everything.
-SMALL = Tiles(lanes=4, block=8, few=2, count_rows=2, gradient_rows=2, fold=2, programs=6)
+SMALL = Tiles(
+    lanes=4, few=2, count_block=8, count_rows=2, count_fold=2, count_programs=6,
+    gradient_block=8, gradient_rows=2, gradient_fold=2,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +224,7 @@ def test_small_delta_is_as_good_as_torch() -> None:
     case = make(logits, torch.zeros(20, 1, dtype=torch.int64), 1e-3)
     exact = case.expected_count(torch.float64)[0]
     torch_error = (case.expected_count()[0] - exact).abs().max()
-    rounding = (SMALL.fold + SMALL.count_rows + 2) * epsilon(case) / 2 * exact.max()
+    rounding = (SMALL.count_fold + SMALL.count_rows + 2) * epsilon(case) / 2 * exact.max()
     assert (case.count()[0] - exact).abs().max() <= 2 * torch_error + rounding
 
 
@@ -249,9 +252,9 @@ def test_infinity_is_as_large_as_in_the_reference() -> None:
 def test_float32_sums_are_bounded() -> None:
     for lanes, major in ((32, 8), (32, 9), (32, 10), (64, 9)):
         tiles = tiles_module.default_tiles(lanes, major)
-        assert tiles.fold * tiles.count_rows * tiles.lanes < 1 << 24
-        assert tiles.fold <= tiles.block
-        assert tiles.few <= tiles.block
+        tiles.check()
+    with pytest.raises(ValueError, match="float32 cannot sum so many"):
+        tiles._replace(count_fold=1 << 20).check()
 
 
 # --- values at the edge -------------------------------------------------------------------------
@@ -387,7 +390,8 @@ def test_offsets_beyond_32_bits() -> None:
         index, scores = layout.locate([logits], [targets], None, number, True, IGNORE)
         weight = torch.rand(number, dtype=torch.float64, device=DEVICE)
         case = Case([logits], [targets], index, scores, weight, weight, -weight, 1.0)
-        check(case, SMALL._replace(programs=1, gradient_rows=16))  # all rows in one share, one tile
+        # All rows in one share, one tile.
+        check(case, SMALL._replace(count_programs=1, gradient_rows=16))
 
 
 # --- order and work -----------------------------------------------------------------------------
@@ -403,19 +407,21 @@ def test_bitwise_repeatable(delta: float, monkeypatch: pytest.MonkeyPatch) -> No
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "_count_kernel", OnGrid(kernels._count_kernel, programs))
             assert same(case.count(), counts)
-    for rows, lanes in ((1, 4), (4, 8)):  # a logit's sum does not depend on its tile
-        assert same(case.gradient(SMALL._replace(gradient_rows=rows, lanes=lanes)), gradients)
+    # A logit's sum does not depend on its tile.
+    for changed in ({"gradient_rows": 1}, {"gradient_rows": 4, "lanes": 8}, {"gradient_warps": 4}):
+        assert same(case.gradient(SMALL._replace(**changed)), gradients)
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"programs": 1},
-        {"programs": 50},
-        {"block": 16, "few": 4},
+        {"count_programs": 1},
+        {"count_programs": 50},
+        {"count_block": 16, "few": 4},
         {"count_rows": 4, "lanes": 8},
         {"count_rows": 1, "lanes": 2},
-        {"fold": 1},
+        {"count_fold": 1},
+        {"count_warps": 2, "count_stages": 3},
     ],
 )
 def test_tile_sizes_do_not_change_hard_counts(changed: dict[str, int]) -> None:
@@ -445,7 +451,8 @@ def test_irrelevant_tiles_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(in_tiles) == 1
     evaluated.clear()
     case.gradient()
-    assert len(evaluated) == SMALL.fold * (4 // SMALL.fold)  # the positives, in one tile of 8
+    fold = SMALL.gradient_fold
+    assert len(evaluated) == fold * (4 // fold)  # the positives, in one tile of 8
     check(case)
 
 

@@ -1,8 +1,8 @@
 """Every positive with every logit: `reference/pairwise.py` in Triton, name by name.
 
 Notation: positives i, k with scores s_i; negatives j; x_ij = s_j - s_i; H the step of half-width
-delta (Sec. 2.1). A program is one warp. It cuts its logits into tiles [rows, lanes] and evaluates H
-once for each pair of a logit of the tile and a positive of a block, in registers.
+delta (Sec. 2.1). A program cuts its logits into tiles [rows, lanes], a thread for each lane, and
+evaluates H once for each pair of a logit of the tile and a positive of a block, in registers.
 
 Two ways to the same H. The difference first,
 
@@ -127,6 +127,7 @@ def _count_tiles(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Adds the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
     tiles, end = share
@@ -138,7 +139,7 @@ def _count_tiles(
     seen = tl.full((LANES,), float("-inf"), s.dtype)
     for chunk in range(0, tiles, FOLD):
         short = tl.zeros((NUMBER, LANES), s.dtype)
-        for t in range(chunk, tl.minimum(chunk + FOLD, tiles)):
+        for t in tl.range(chunk, tl.minimum(chunk + FOLD, tiles), num_stages=STAGES):
             # 1. A tile of logits. Whatever is no negative becomes -inf, for which H is 0.
             local = t * (ROWS * LANES) + lane
             v, negative, _ = read_logits(
@@ -174,21 +175,36 @@ def _count_block(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`_count_tiles` by the way that `_prepare_kernel` chose for the block."""
     if mode == _FEW:
         _count_tiles(
-            level, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
-        )
+            level, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE,
+            ROWS, LANES, FOLD, STAGES,
+        )  # fmt: skip
     elif mode == _EXACT:
         if BLOCK > FEW:
             _count_tiles(
-                level, share, block, out, False, BLOCK, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
+                level,
+                share,
+                block,
+                out,
+                False,
+                BLOCK,
+                CLASS_AXIS,
+                HARD,
+                WIDE,
+                ROWS,
+                LANES,
+                FOLD,
+                STAGES,
             )
     elif not HARD and block[1].dtype == tl.float32:
         _count_tiles(
-            level, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE, ROWS, LANES, FOLD
-        )
+            level, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE,
+            ROWS, LANES, FOLD, STAGES,
+        )  # fmt: skip
 
 
 @jit
@@ -224,6 +240,7 @@ def _count_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """NFP(i) of each block of positives in each share of one level's logits."""
     dtype: tl.constexpr = table.dtype.element_ty
@@ -247,7 +264,20 @@ def _count_kernel(
         block = (table + this * BLOCK, lowest, scale, delta)
         out = partials + tl.cast(item, tl.int64) * BLOCK
         _count_block(
-            level, share, block, mode, out, CLASS_AXIS, HARD, WIDE, BLOCK, FEW, ROWS, LANES, FOLD
+            level,
+            share,
+            block,
+            mode,
+            out,
+            CLASS_AXIS,
+            HARD,
+            WIDE,
+            BLOCK,
+            FEW,
+            ROWS,
+            LANES,
+            FOLD,
+            STAGES,
         )
 
 
@@ -431,25 +461,37 @@ def _own_kernel(
 class _Prepared(NamedTuple):
     table: Tensor  # (4, padded), see `_prepare_kernel`
     last: Tensor  # (1,) int32
-    tiles: Tiles
     common: dict[str, Any]  # arguments that every kernel takes
 
 
-def _prepare(
-    scores: Tensor, weights: Tensor | None, delta: float, tiles: Tiles | None
-) -> _Prepared:
-    tiles = tiles or tiles_for(scores.device)
+def _choose_tiles(levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None) -> Tiles:
+    """The sizes for a call, those of its class if none are given."""
+    if tiles is None:
+        dtype = levels[0].dtype if levels else scores.dtype
+        size = sum(level.numel() for level in levels)
+        tiles = tiles_for(scores.device, dtype, scores.numel(), size)
     if scores.dtype == torch.float64:  # no more than registers hold
-        block, few = min(tiles.block, 16), min(tiles.few, 16)
-        tiles = tiles._replace(block=block, few=few, count_rows=1, gradient_rows=1)
-    blocks = triton.cdiv(scores.numel(), tiles.block)
-    table = scores.new_empty((4, blocks * tiles.block))
+        return tiles._replace(
+            few=min(tiles.few, 16),
+            count_block=min(tiles.count_block, 16),
+            count_rows=1,
+            count_stages=1,
+            gradient_block=min(tiles.gradient_block, 16),
+            gradient_rows=1,
+        )
+    return tiles
+
+
+def _prepare(
+    scores: Tensor, weights: Tensor | None, delta: float, block: int, few: int
+) -> _Prepared:
+    blocks = triton.cdiv(scores.numel(), block)
+    table = scores.new_empty((4, blocks * block))
     last = torch.zeros(1, dtype=torch.int32, device=scores.device)
     common = {
         "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
         "HARD": delta == 0,
-        "BLOCK": tiles.block,
-        "num_warps": 1,
+        "BLOCK": block,
     }
     _prepare_kernel[(blocks,)](
         scores=scores.contiguous(),
@@ -458,10 +500,11 @@ def _prepare(
         last=last,
         positives=scores.numel(),
         padded=table.shape[1],
-        FEW=tiles.few,
+        FEW=few,
+        num_warps=1,
         **common,
     )
-    return _Prepared(table, last, tiles, common)
+    return _Prepared(table, last, common)
 
 
 def count(
@@ -478,7 +521,7 @@ def count(
     Args:
         logits, targets, values, delta, ignore_index: as there.
         scores: (P,) finite scores of the positives, -inf for padding, anywhere.
-        tiles: sizes of the kernels, if not those of the device.
+        tiles: sizes of the kernels, if not those of the call's class on the device.
 
     Returns:
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
@@ -491,18 +534,21 @@ def count(
     if not positives:
         return nfp, rank_positive, value_sum
     with torch.cuda.device_of(scores):
-        table, last, tiles, common = _prepare(scores, None, delta, tiles)
+        tiles = _choose_tiles(logits, scores, tiles)
+        table, last, common = _prepare(scores, None, delta, tiles.count_block, tiles.few)
+        lanes = tiles.lanes * tiles.count_warps
         pairs = [pair for pair in zip(logits, targets, strict=True) if pair[0].numel()]
         longest = max((level.numel() for level, _ in pairs), default=0)
-        blocks = table.shape[1] // tiles.block
+        blocks = table.shape[1] // tiles.count_block
         shares = {
-            "programs": tiles.programs,
+            "programs": tiles.count_programs,
             "least_splits": triton.cdiv(longest, 1 << 30),  # places in a share are 32-bit
-            "most_splits": triton.cdiv(longest, tiles.count_rows * tiles.lanes),
+            "most_splits": triton.cdiv(longest, tiles.count_rows * lanes),
         }
-        items = max(tiles.programs, blocks * shares["least_splits"])
+        items = max(tiles.count_programs, blocks * shares["least_splits"])
         items = min(items, blocks * shares["most_splits"])
-        partials = torch.zeros((items, tiles.block), dtype=torch.float64, device=scores.device)
+        shape = (items, tiles.count_block)
+        partials = torch.zeros(shape, dtype=torch.float64, device=scores.device)
         for level, target in pairs:
             layout = lay_out(level, target)
             _count_kernel[(items,)](
@@ -521,8 +567,10 @@ def count(
                 WIDE=layout.wide,
                 FEW=tiles.few,
                 ROWS=tiles.count_rows,
-                LANES=tiles.lanes,
-                FOLD=tiles.fold,
+                LANES=lanes,
+                FOLD=tiles.count_fold,
+                STAGES=tiles.count_stages,
+                num_warps=tiles.count_warps,
                 **common,
             )
         _rank_kernel[(triton.cdiv(positives, _RANKED),)](
@@ -537,6 +585,7 @@ def count(
             **shares,
             NUMBER=_RANKED,
             LANES=tiles.lanes,
+            num_warps=1,
             **common,
         )
     return nfp, rank_positive, value_sum
@@ -559,21 +608,23 @@ def gradient(
         logits, targets, weights, own, delta, ignore_index: as there.
         index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
         scores: (P,) finite scores of the positives, -inf for padding.
-        tiles: sizes of the kernels, if not those of the device.
+        tiles: sizes of the kernels, if not those of the call's class on the device.
     """
     gradients = [torch.empty_like(level) for level in logits]
     with torch.cuda.device_of(scores):
-        table, last, tiles, common = _prepare(scores, weights, delta, tiles)
+        tiles = _choose_tiles(logits, scores, tiles)
+        block, rows = tiles.gradient_block, tiles.gradient_rows
+        table, last, common = _prepare(scores, weights, delta, block, tiles.few)
+        lanes = tiles.lanes * tiles.gradient_warps
         index, own = index.contiguous(), own.contiguous()
         # The hard step compares and selects: with more positives at a time registers run out.
-        fold = min(tiles.fold, tiles.block, _HARD_FOLD if delta == 0 else tiles.fold)
+        fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
         first = 0
         for level, target, out in zip(logits, targets, gradients, strict=True):
             size = level.numel()
             if size:
                 layout = lay_out(level, target, out)
-                rows = tiles.gradient_rows
-                _gradient_kernel[(triton.cdiv(size, rows * tiles.lanes),)](
+                _gradient_kernel[(triton.cdiv(size, rows * lanes),)](
                     logits=level,
                     targets=target,
                     table=table,
@@ -587,8 +638,9 @@ def gradient(
                     CLASS_AXIS=layout.class_axis,
                     WIDE=layout.wide,
                     ROWS=rows,
-                    LANES=tiles.lanes,
+                    LANES=lanes,
                     FOLD=fold,
+                    num_warps=tiles.gradient_warps,
                     **common,
                 )
             if size and index.numel():
