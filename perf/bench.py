@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import peers
 from .bench_report import to_markdown, write
-from .parity import Parity, Truth, compare
+from .truth import Parity, Truth, compare
 from .real_boxes import retinanet_call
 from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
 from .variants import OURS, VARIANTS, Variant

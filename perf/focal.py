@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .parity import Truth
+from .truth import Truth
 from .workloads import Inputs
 
 ALPHA, GAMMA = 0.25, 2.0  # torchvision's defaults, those of RetinaNet

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss
 
-from . import focal, parity, rivals
+from . import focal, rivals
+from .truth import Truth, ranking
 from .workloads import Cell, Inputs
 
 Bind = Callable[[Inputs], Callable[[Tensor], Tensor]]
@@ -26,7 +27,7 @@ class Variant(NamedTuple):
     """A loss that a benchmark can time."""
 
     bind: Bind  # the inputs but for the logits, prepared (not timed): a scalar of the logits (N, C)
-    truth: Callable[[Inputs], parity.Truth] = parity.ranking  # what it should compute
+    truth: Callable[[Inputs], Truth] = ranking  # what it should compute
     limit: Limit = no_limit  # why it is left out of a cell on a type of device, if it is
 
 

@@ -1,4 +1,9 @@
-"""Whether a loss computes what it should: its value and gradient beside the truth in float64."""
+"""Whether a loss computes what it should: its value and gradient beside the truth in float64.
+
+The benchmark measures losses of all kinds by the same rule, other people's too, that it knows
+nothing of but their result: what float32 sums of as many terms may be off by. The package's own
+kernels have narrower budgets, derived from how each adds and steps: `budgets`, `loss_budget`.
+"""
 
 from __future__ import annotations
 
