@@ -1,4 +1,4 @@
-"""How the package finds the sizes of its kernels: by class, from a user's file or the one shipped."""
+"""How the package finds the sizes of its kernels: by class, in a user's file or a shipped one."""
 
 from __future__ import annotations
 

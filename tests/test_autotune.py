@@ -1,0 +1,330 @@
+"""The tuner on a CPU: what it must never choose, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from alrp_triton.kernels import pairwise as kernels
+from alrp_triton.kernels import tiles as tiles_of
+from alrp_triton.kernels.tiles import Class, Tiles
+from perf import autotune, machine_code, parity, progress, timing
+from perf.candidates import CLASSES, GRIDS, Goal, candidates
+from perf.machine_code import LIMITS, Compiled, Task, resident_warps
+
+CPU = torch.device("cpu")
+GOAL = Goal(Class("float32", (1, 64), (1, 1 << 20)), 5, 60, "spread")
+GRID = {
+    "count": ({"count_block": (64, 128), "count_rows": (2, 4)},),
+    "gradient": ({"gradient_rows": (4, 8)},),
+}
+
+
+# --- the rule -----------------------------------------------------------------------------------
+
+
+def noisy(seconds: float, spread: float, seed: int) -> list[float]:
+    noise = torch.randn(autotune.DUEL, generator=torch.Generator().manual_seed(seed))
+    return (seconds * (spread * noise).exp()).tolist()
+
+
+def test_a_slower_candidate_never_wins():
+    for seed in range(100):
+        assert not autotune.better(noisy(1.05, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
+
+
+def test_an_equal_candidate_wins_no_more_often_than_by_chance():
+    for spread in (0.0, 1e-4, 0.02, 0.3):
+        won = [
+            autotune.better(noisy(1.0, spread, seed), noisy(1.0, spread, seed + 1000))
+            for seed in range(200)
+        ]
+        assert sum(won) <= 6  # 2 expected, and more than 6 once in 200
+
+
+def test_a_faster_candidate_wins():
+    for seed in range(100):
+        assert autotune.better(noisy(0.9, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
+    drifting = [1 + n / 5 for n in range(autotune.DUEL)]  # as a GPU that warms up
+    assert autotune.better([0.95 * t for t in drifting], drifting)
+
+
+def test_so_many_rounds_have_to_be_won():
+    def won(wins: int, rounds: int) -> bool:
+        return autotune.better([0.9] * wins + [1.1] * (rounds - wins), [1.0] * rounds)
+
+    assert won(19, 25)
+    assert not won(18, 25)
+    assert won(7, 7)
+    assert not won(6, 6)
+    assert not autotune.better([0.995] * 25, [1.0] * 25)  # too little to be worth it
+    assert not autotune.better([], [])
+
+
+# --- the search ---------------------------------------------------------------------------------
+
+
+class Clock:
+    """In place of `timing.interleave`: seconds made of a candidate's sizes; notes who ran."""
+
+    def __init__(self, seconds) -> None:
+        self.seconds, self.timed = seconds, set()
+
+    def interleave(self, calls, device, rounds, until):
+        """Takes no time."""
+        found = {name: call.args[0] for name, call in calls.items()}  # partials of the tiles
+        self.timed |= set(found.values())
+        return {
+            name: [self.seconds(tiles) * (1 + 1e-3 * n) for n in range(rounds)]
+            for name, tiles in found.items()
+        }
+
+
+def tuned(monkeypatch, seconds, **settings):
+    clock = Clock(seconds)
+    monkeypatch.setattr(timing, "interleave", clock.interleave)
+    result = autotune.tune(CPU, 60, [GOAL], progress=False, grids=GRID, **settings)
+    (entry,) = result["pairwise"]
+    return Tiles(**entry["tiles"]), entry["measured"], result, clock
+
+
+def test_the_fastest_sizes_are_chosen_for_each_kernel(monkeypatch):
+    tiles, measured, _, _ = tuned(
+        monkeypatch, lambda x: 1e-3 * x.count_rows * x.count_block * x.gradient_rows
+    )
+    assert tiles == Tiles(count_block=64, count_rows=2, gradient_rows=4)
+    assert measured["count"]["gain"] == pytest.approx(0.75)
+    assert measured["gradient"]["gain"] == pytest.approx(0.5)
+
+
+def test_a_slower_candidate_does_not_replace_a_tuned_one(monkeypatch, tmp_path):
+    in_use = Tiles(count_block=64, count_rows=2, gradient_rows=4)
+    old = {
+        "class": GOAL.kind._asdict(), "tiles": in_use._asdict(),
+        "measured": {"count": {"seconds": 1.0, "gain": 0.5}},
+    }  # fmt: skip
+    name = tiles_of.file_name(timing.machine(CPU)["device"])
+    (tmp_path / name).write_text(json.dumps({"pairwise": [old], "model": {"kept": 1}}))
+    tiles, measured, result, clock = tuned(
+        monkeypatch, lambda x: 1.0 if x == in_use else 1.2, folder=str(tmp_path)
+    )
+    assert len(clock.timed) > 4
+    assert tiles == in_use
+    assert measured["count"]["gain"] == measured["gradient"]["gain"] == 0
+    assert result["model"] == {"kept": 1}
+
+
+def test_a_candidate_that_is_not_better_beyond_the_noise_changes_nothing(monkeypatch):
+    assert tuned(monkeypatch, lambda x: 1.0 if x == Tiles() else 0.995)[0] == Tiles()
+
+
+def plant(monkeypatch, side: str, is_wrong, error: float) -> None:
+    right = getattr(kernels, side)
+
+    def planted(*arguments):
+        out = list(right(*arguments))
+        if is_wrong(arguments[-1]):
+            out[0] = out[0] * (1 + error)
+        return out
+
+    monkeypatch.setattr(kernels, side, planted)
+
+
+@pytest.mark.parametrize("side", autotune.SIDES)
+def test_a_candidate_with_a_planted_error_is_refused_however_fast(monkeypatch, side):
+    size = f"{side}_rows"
+    wrong = GRID[side][0][size][0]
+    plant(monkeypatch, side, lambda x: getattr(x, size) == wrong, 1e-4)
+    tiles, _, result, clock = tuned(monkeypatch, lambda x: 1e-3 * getattr(x, size))
+    assert getattr(tiles, size) != wrong
+    (search,) = (x for x in result["search"] if x["side"] == side)
+    refused = [x for x in search["tried"][0] if x["refused"]]
+    assert {x["tiles"][size] for x in refused} == {wrong}
+    assert all("beyond its budget" in x["refused"] and x["seconds"] is None for x in refused)
+    assert all(getattr(x, size) != wrong for x in clock.timed)  # checked before any time
+    assert "refused" in autotune.to_text(result)
+
+
+def test_a_candidate_that_does_not_run_or_repeat_is_refused(monkeypatch):
+    right, runs = kernels.count, []
+
+    def planted(*arguments):
+        if arguments[-1].count_block == 64 and arguments[-1].count_rows == 2:
+            raise RuntimeError("out of resources")
+        runs.append(arguments[-1])
+        nfp, *rest = right(*arguments)
+        if arguments[-1].count_block == 64:
+            nfp[0] += 1e-14 * len(runs)
+        return nfp, *rest
+
+    monkeypatch.setattr(kernels, "count", planted)
+    tiles, _, result, _ = tuned(monkeypatch, lambda x: float(x.count_block))
+    assert tiles.count_block == 128
+    reasons = {x["refused"] for x in result["search"][0]["tried"][0] if x["refused"]}
+    assert reasons == {"does not run: RuntimeError: out of resources", "two runs differ"}
+
+
+def test_sizes_in_use_that_are_wrong_are_replaced_by_slower_ones(monkeypatch):
+    plant(monkeypatch, "gradient", lambda x: x == Tiles(), 1e-3)
+    tiles, measured, _, _ = tuned(monkeypatch, lambda x: 1.0 / x.gradient_rows)
+    assert tiles == Tiles(gradient_rows=4)
+    assert "beyond its budget" in measured["gradient"]["refused before"]
+
+
+def test_a_candidate_that_spills_is_not_run(monkeypatch):
+    def examine(tasks):
+        return [Compiled(255, int(x.tiles.count_rows == 2), 0, 2.0, 8) for x in tasks]
+
+    monkeypatch.setattr(autotune, "_nothing_compiled", examine)
+    tiles, _, _, clock = tuned(monkeypatch, lambda x: float(x.count_rows))
+    assert tiles.count_rows == 4
+    assert all(x.count_rows == 4 for x in clock.timed)
+
+    # But the sizes in use are: only a time or a wrong result takes them out.
+    monkeypatch.setattr(autotune, "_nothing_compiled", lambda tasks: [_spilling(x) for x in tasks])
+    assert tuned(monkeypatch, lambda x: 1.0)[0] == Tiles()
+
+
+def _spilling(task: Task) -> Compiled:
+    return Compiled(255, int(task.tiles == Tiles()), 0, 2.0, 8)
+
+
+def test_without_time_everything_stays_and_is_said():
+    result = autotune.tune(CPU, 0, [GOAL], progress=False)
+    assert result["pairwise"] == []
+    assert "no time left for: float32, P = 5, N = 60" in autotune.to_text(result)
+
+
+def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
+    judge = parity.Judge(parity.draw(torch.float32, 5, 60, CPU, "spread"))
+    until = time.monotonic() + 60
+    search = autotune.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
+    monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(search, "until", 0.0))
+    assert search.run(Tiles(), GRID["count"]) == (Tiles(), {})
+    ((first, *others),) = search.tried
+    assert first.checked
+    assert len(others) == 3
+    assert not any(x.checked for x in others)
+
+
+# --- parity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", ["init", "mid", "spread"])
+def test_right_kernels_pass_and_small_errors_do_not(dtype, stage, monkeypatch):
+    judge = parity.Judge(parity.draw(dtype, 40, 400, CPU, stage))
+    for side, error in (("count", 3e-5), ("gradient", 2e-2 if dtype != torch.float32 else 3e-5)):
+        assert judge.refuses(side, Tiles()) is None
+        with monkeypatch.context() as patch:
+            plant(patch, side, lambda x: True, error)
+            assert "beyond its budget" in judge.refuses(side, Tiles())
+            plant(patch, side, lambda x: True, float("nan"))
+            assert judge.refuses(side, Tiles()) is not None
+
+
+def test_a_call_that_shows_no_error_is_no_check():
+    with pytest.raises(ValueError, match="an error would not show"):
+        parity.Judge(parity.draw(torch.float32, 2, 40, CPU, "late"))
+
+
+# --- candidates and machine code ----------------------------------------------------------------
+
+
+def test_classes_and_candidates():
+    kinds = [goal.kind for goal in CLASSES]
+    assert len(set(kinds)) == len(kinds) == 12
+    for goal in CLASSES:
+        holding = [x for x in kinds if x.holds(goal.dtype, goal.positives, goal.logits)]
+        assert holding == [goal.kind]
+    for grids in GRIDS.values():
+        for grid in grids:
+            found = candidates(Tiles(), grid)
+            assert found[0] == Tiles()
+            assert len(set(found)) == len(found) <= 50
+            assert all(set(sizes) <= {getattr(x, n) for x in found} for n, sizes in grid.items())
+
+
+def test_same_machine_code_is_compiled_once():
+    task = Task("count", "float32", Tiles(), "sm_90")
+    other = task._replace(tiles=Tiles(count_programs=1, gradient_rows=4))
+    assert task.code() == other.code() != task._replace(tiles=Tiles(few=8)).code()
+
+
+def test_occupancy():
+    sm_90 = LIMITS["sm_90"]
+    assert resident_warps(32, 0, 1, sm_90) == 32  # as many programs as there may be
+    assert resident_warps(32, 0, 2, sm_90) == 64
+    assert resident_warps(255, 0, 1, sm_90) == 8
+    assert resident_warps(168, 0, 4, sm_90) == 12
+    assert resident_warps(32, 113 << 10, 4, sm_90) == 8  # shared memory for two
+    assert resident_warps(128, 0, 1, LIMITS["gfx942"]) == 16
+
+
+def test_dry_run_command(tmp_path):
+    """In a process of its own, since nothing compiles under TRITON_INTERPRET; two candidates."""
+    code = (
+        "from pathlib import Path; from perf import dry_run\n"
+        "grids = {'count': ({'count_rows': (4,)},), 'gradient': ({'gradient_rows': (4, 8)},)}\n"
+        "if __name__ == '__main__': dry_run.run('sm_90', Path('.'), grids)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    root = Path(__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "run.py"], cwd=tmp_path, capture_output=True, text=True,
+        env=environment | {"PYTHONPATH": str(root)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rankings = json.loads((tmp_path / "dry-run-sm_90.json").read_text())
+    assert [(x["kernel"], x["dtype"]) for x in rankings] == [
+        (side, dtype) for side in ("count", "gradient") for dtype in ("float32", "bfloat16")
+    ]
+    best, second = rankings[2]["candidates"]
+    assert best["tiles"]["gradient_rows"] == 8
+    assert 2 < best["per_pair"] < second["per_pair"] < 3
+    assert best["warps"] < second["warps"]
+    assert "(default)" in done.stdout
+
+
+def test_dry_run_refuses_the_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        autotune.main(["--dry-run", "--out", str(tmp_path)])
+
+
+def test_what_does_not_compile_is_said(monkeypatch):
+    monkeypatch.setattr(machine_code, "_launch", lambda task: 1 / 0)
+    reason = machine_code.examine(Task("count", "float32", Tiles(), "sm_90"))
+    assert reason.startswith("does not compile: ZeroDivisionError")
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_command_writes_a_file_that_the_package_reads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ALRP_TRITON_TILES", str(tmp_path))
+    autotune.main(["--minutes", "0.2"])
+    path = tmp_path / tiles_of.file_name(timing.machine(CPU)["device"])
+    ((kind, tiles),) = tiles_of.read_file(path, Tiles())
+    assert kind == GOAL.kind
+    tiles.check()
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert "% less than before" in printed
+    assert path.with_suffix(".search.png").stat().st_size > 10_000
+
+
+def test_progress_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(progress.bar(range(3), "classes", 3)) == [0, 1, 2]
+    assert capsys.readouterr().out.splitlines()[-1] == "classes: 3 of 3"
