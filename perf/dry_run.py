@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alrp_triton.kernels.tiles import Tiles, default_tiles
 from perf import heatmap
 from perf.candidates import GRIDS, SIDES, Grid, candidates
@@ -20,16 +18,6 @@ from perf.machine_code import Compiled, Compiler, Task, compiler
 
 _DTYPES = ("float32", "bfloat16")
 _SHOWN = 8  # of the best candidates, in the table
-
-
-def target_of(device: torch.device) -> str:
-    """The compiler's name of a GPU; of the CPU, what it interprets."""
-    if device.type != "cuda":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def default_for(target: str) -> Tiles:

@@ -84,6 +84,16 @@ class Task(NamedTuple):
         return self._replace(tiles=self.tiles._replace(**sizes))
 
 
+def target_of(device: torch.device) -> str:
+    """The compiler's name of a GPU; of the CPU, what it interprets."""
+    if device.type != "cuda":
+        return "cpu"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 def resident_warps(registers: int, shared: int, warps: int, limits: Limits) -> int:
     """Warps that a multiprocessor holds at once of a program that has `warps`."""
     by_registers = 4 * (512 // max(8, -(-registers // 8) * 8))

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from alrp_triton.kernels import pairwise as kernels
 from alrp_triton.kernels import tiles as tiles_of
 from alrp_triton.kernels.tiles import Class, Tiles
-from perf import autotune, machine_code, parity, progress, timing
-from perf.candidates import CLASSES, GRIDS, Goal, candidates
+from perf import autotune, machine_code, parity, progress, search, timing
+from perf.candidates import CLASSES, GRIDS, SIDES, Goal, candidates
 from perf.machine_code import LIMITS, Compiled, Task, resident_warps
 
 CPU = torch.device("cpu")
@@ -32,19 +32,19 @@ GRID = {
 
 
 def noisy(seconds: float, spread: float, seed: int) -> list[float]:
-    noise = torch.randn(autotune.DUEL, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(search.DUEL, generator=torch.Generator().manual_seed(seed))
     return (seconds * (spread * noise).exp()).tolist()
 
 
 def test_a_slower_candidate_never_wins():
     for seed in range(100):
-        assert not autotune.better(noisy(1.05, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
+        assert not search.better(noisy(1.05, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
 
 
 def test_an_equal_candidate_wins_no_more_often_than_by_chance():
     for spread in (0.0, 1e-4, 0.02, 0.3):
         won = [
-            autotune.better(noisy(1.0, spread, seed), noisy(1.0, spread, seed + 1000))
+            search.better(noisy(1.0, spread, seed), noisy(1.0, spread, seed + 1000))
             for seed in range(200)
         ]
         assert sum(won) <= 6  # 2 expected, and more than 6 once in 200
@@ -52,21 +52,21 @@ def test_an_equal_candidate_wins_no_more_often_than_by_chance():
 
 def test_a_faster_candidate_wins():
     for seed in range(100):
-        assert autotune.better(noisy(0.9, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
-    drifting = [1 + n / 5 for n in range(autotune.DUEL)]  # as a GPU that warms up
-    assert autotune.better([0.95 * t for t in drifting], drifting)
+        assert search.better(noisy(0.9, 0.02, seed), noisy(1.0, 0.02, seed + 1000))
+    drifting = [1 + n / 5 for n in range(search.DUEL)]  # as a GPU that warms up
+    assert search.better([0.95 * t for t in drifting], drifting)
 
 
 def test_so_many_rounds_have_to_be_won():
     def won(wins: int, rounds: int) -> bool:
-        return autotune.better([0.9] * wins + [1.1] * (rounds - wins), [1.0] * rounds)
+        return search.better([0.9] * wins + [1.1] * (rounds - wins), [1.0] * rounds)
 
     assert won(19, 25)
     assert not won(18, 25)
     assert won(7, 7)
     assert not won(6, 6)
-    assert not autotune.better([0.995] * 25, [1.0] * 25)  # too little to be worth it
-    assert not autotune.better([], [])
+    assert not search.better([0.995] * 25, [1.0] * 25)  # too little to be worth it
+    assert not search.better([], [])
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -138,15 +138,15 @@ def plant(monkeypatch, side: str, is_wrong, error: float) -> None:
     monkeypatch.setattr(kernels, side, planted)
 
 
-@pytest.mark.parametrize("side", autotune.SIDES)
+@pytest.mark.parametrize("side", SIDES)
 def test_a_candidate_with_a_planted_error_is_refused_however_fast(monkeypatch, side):
     size = f"{side}_rows"
     wrong = GRID[side][0][size][0]
     plant(monkeypatch, side, lambda x: getattr(x, size) == wrong, 1e-4)
     tiles, _, result, clock = tuned(monkeypatch, lambda x: 1e-3 * getattr(x, size))
     assert getattr(tiles, size) != wrong
-    (search,) = (x for x in result["search"] if x["side"] == side)
-    refused = [x for x in search["tried"][0] if x["refused"]]
+    (taken_down,) = (x for x in result["search"] if x["side"] == side)
+    refused = [x for x in taken_down["tried"][0] if x["refused"]]
     assert {x["tiles"][size] for x in refused} == {wrong}
     assert all("beyond its budget" in x["refused"] and x["seconds"] is None for x in refused)
     assert all(getattr(x, size) != wrong for x in clock.timed)  # checked before any time
@@ -206,10 +206,10 @@ def test_without_time_everything_stays_and_is_said():
 def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
     judge = parity.Judge(parity.draw(torch.float32, 5, 60, CPU, "spread"))
     until = time.monotonic() + 60
-    search = autotune.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
-    monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(search, "until", 0.0))
-    assert search.run(Tiles(), GRID["count"]) == (Tiles(), {})
-    ((first, *others),) = search.tried
+    of_count = search.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
+    monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
+    assert of_count.run(Tiles(), GRID["count"]) == (Tiles(), {})
+    ((first, *others),) = of_count.tried
     assert first.checked
     assert len(others) == 3
     assert not any(x.checked for x in others)
