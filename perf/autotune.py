@@ -36,8 +36,8 @@ from perf.candidates import (
     Goal,
     Grid,
 )
+from perf.judge import Judge, draw
 from perf.machine_code import LIMITS, Compiled, Task, compiler
-from perf.parity import Judge, draw
 from perf.progress import bar
 from perf.search import Search
 
@@ -81,7 +81,7 @@ def tune(
                 result["left_out"].append(str(goal))
                 continue
             start = tiles_of.choose(entries, default, goal.dtype, goal.positives, goal.logits)
-            judge = Judge(draw(goal.dtype, goal.positives, goal.logits, device, goal.stage))
+            judge = Judge(draw(goal, device))
             searches = [Search(goal, side, device, judge, examine, until) for side in SIDES]
             entry = _entry(goal, start, searches, grids, known.get(goal.kind))
             result["search"] += [_taken_down(search, start) for search in searches]
@@ -168,12 +168,22 @@ def _replace(path: Path, text: str) -> None:
     new.replace(path)
 
 
+def gains(result: dict[str, Any]) -> dict[str, float]:
+    """By class and kernel, the share of the time that was gained."""
+    return {
+        f"{_name(entry)}, {side}": entry["measured"][side]["gain"]
+        for entry in result["pairwise"]
+        for side in SIDES
+        if "gain" in entry["measured"].get(side, {})
+    }
+
+
 def to_text(result: dict[str, Any]) -> str:
     """What was gained, class by class, and what was refused or not reached."""
     lines = []
     for entry in result["pairwise"]:
-        measured, kind = entry["measured"], Class(**_of_lists(entry["class"]))
-        lines.append(f"{kind.dtype}, P {_band(kind.positives)}, N {_band(kind.logits)}")
+        measured = entry["measured"]
+        lines.append(_name(entry))
         for side in SIDES:
             sizes = {n: x for n, x in entry["tiles"].items() if n.startswith(side)}
             if "gain" not in (now := measured.get(side, {})):
@@ -191,6 +201,11 @@ def to_text(result: dict[str, Any]) -> str:
     if result["left_out"]:
         lines.append("no time left for: " + "; ".join(result["left_out"]))
     return "\n".join(lines)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    kind = Class(**_of_lists(entry["class"]))
+    return f"{kind.dtype}, P {_band(kind.positives)}, N {_band(kind.logits)}"
 
 
 def _band(ends: tuple[int, int | None]) -> str:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from . import peers
 from .bench_report import to_markdown, write
-from .truth import Parity, Truth, compare
 from .real_boxes import retinanet_call
 from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
+from .truth import Parity, Truth, compare
 from .variants import OURS, VARIANTS, Variant
 from .workloads import CELLS, Cell, Inputs, draw
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from alrp_triton.reference import layout, pairwise
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from alrp_triton.kernels.tiles import Tiles
 
 IGNORE = -100
+Error = TypeVar("Error", float, Tensor)
 
 # How many positives and how many others torch's own error is looked for among, at most. The largest
 # error of fewer pairs is smaller: it only makes the budget tighter.
@@ -146,38 +147,70 @@ def epsilon(case: Case) -> float:
     return torch.finfo(case.scores.dtype).eps
 
 
-def count_budget(case: Case, tiles: Tiles, exact: Tensor) -> Tensor:
-    """(3, P): how far NFP, rank+ and S may be from `exact`, the reference in float64."""
+class CountTerms(NamedTuple):
+    """What a budget of counts is made of whatever the sizes of the kernels are."""
+
+    on_slope: Tensor  # (3, P): negatives, positives, and their values, on the slope of a positive
+    torch_error: Tensor  # (3, 1): of one H among them
+
+
+def count_terms(case: Case) -> CountTerms:
+    """The costly part of a budget, which a tuner needs once for all candidates."""
     valid = case.scores != -torch.inf
-    scores = case.scores[valid]
-    budget = torch.zeros_like(exact)
+    scores, values, negatives = case.scores[valid], case.values[valid], case.negatives()
+    reach = reach_of(case)
+    on_slope = case.values.new_zeros(3, valid.numel())
+    for row, points, weights in (
+        (0, negatives, torch.ones_like(negatives, dtype=torch.float64)),
+        (1, scores, torch.ones_like(values)),
+        (2, scores, values),
+    ):
+        on_slope[row, valid] = sum_within(points, weights, scores, reach, reach)
+    of_negatives, of_positives = torch_error(case, negatives), torch_error(case, scores)
+    errors = on_slope.new_tensor([[of_negatives], [of_positives], [of_positives]])
+    return CountTerms(on_slope, errors)
+
+
+def count_budget(
+    case: Case, tiles: Tiles, exact: Tensor, terms: CountTerms | None = None
+) -> Tensor:
+    """(3, P): how far NFP, rank+ and S may be from `exact`, the reference in float64."""
+    terms = terms or count_terms(case)
+    budget = pair_error(case, tiles, terms.torch_error) * terms.on_slope
     # A sum of n float32 terms is right to n half units, and the kernel adds so many in a row.
     chain = tiles.count_fold + tiles.count_rows + int(math.log2(tiles.lanes * tiles.count_warps))
-    rounding = 0 if case.delta == 0 else chain * epsilon(case) / 2
-    negatives = case.negatives()
-    ones = torch.ones_like(negatives, dtype=torch.float64)
-    reach = reach_of(case)
-    on_slope = sum_within(negatives, ones, scores, reach, reach)
-    budget[0, valid] = pair_error(case, negatives, tiles) * on_slope
-    budget[0] += rounding * exact[0]
-    error, values = pair_error(case, scores, tiles), case.values[valid]
-    budget[1, valid] = error * sum_within(scores, torch.ones_like(values), scores, reach, reach)
-    budget[2, valid] = error * sum_within(scores, values, scores, reach, reach)
+    budget[0] += (0 if case.delta == 0 else chain * epsilon(case) / 2) * exact[0]
     return budget + torch.finfo(torch.float64).eps * exact.abs() * case.scores.numel()
 
 
-def gradient_budget(case: Case, tiles: Tiles, truth: Sequence[Tensor]) -> list[Tensor]:
-    """How far the gradient by each level may be from `truth`, the reference in float64."""
+class GradientTerms(NamedTuple):
+    """The same of the gradient by one level."""
+
+    on_slope: Tensor  # as the level: weights of the positives that have the logit on their slope
+    torch_error: float
+
+
+def gradient_terms(case: Case) -> list[GradientTerms]:
+    """Of each level."""
     valid = case.scores != -torch.inf
-    scores, weights = case.scores[valid], case.weights[valid]
-    rounding = (min(tiles.gradient_fold, tiles.gradient_block) + 1) * epsilon(case) / 2
-    reach = reach_of(case)
-    budgets = []
-    for level, exact in zip(case.logits, truth, strict=True):
+    scores, weights, reach = case.scores[valid], case.weights[valid], reach_of(case)
+    terms = []
+    for level in case.logits:
         finite = layout.finite(level).reshape(-1)
-        # The weights of the positives that have the logit on their slope.
         on_slope = sum_within(scores, weights, finite, reach, reach).reshape(level.shape)
-        spread = pair_error(case, finite, tiles) * on_slope + rounding * exact.abs()
+        terms.append(GradientTerms(on_slope, torch_error(case, finite)))
+    return terms
+
+
+def gradient_budget(
+    case: Case, tiles: Tiles, truth: Sequence[Tensor], terms: list[GradientTerms] | None = None
+) -> list[Tensor]:
+    """How far the gradient by each level may be from `truth`, the reference in float64."""
+    terms = terms or gradient_terms(case)
+    rounding = (min(tiles.gradient_fold, tiles.gradient_block) + 1) * epsilon(case) / 2
+    budgets = []
+    for level, exact, (on_slope, error) in zip(case.logits, truth, terms, strict=True):
+        spread = pair_error(case, tiles, error) * on_slope + rounding * exact.abs()
         budgets.append(spread + rounding_of(level, exact, spread))
     return budgets
 
@@ -191,7 +224,7 @@ def rounding_of(out: Tensor, exact: Tensor, spread: Tensor) -> Tensor:
     return last_place + spread * info.eps
 
 
-def pair_error(case: Case, others: Tensor, tiles: Tiles) -> float:
+def pair_error(case: Case, tiles: Tiles, of_torch: Error) -> Error:
     """The allowed error of one H on its slope; everywhere else it is exact.
 
     Four times the largest error that torch makes in the same dtype. A block that takes the way of
@@ -200,22 +233,28 @@ def pair_error(case: Case, others: Tensor, tiles: Tiles) -> float:
     """
     from alrp_triton.kernels.pairwise import FAST_RANGE
 
+    if case.delta == 0:
+        return 0 * of_torch
+    allowed = 4 * of_torch + epsilon(case) / 2
+    if case.scores.dtype == torch.float32 and (case.scores != -torch.inf).sum() > tiles.few:
+        allowed = allowed + 2.0 ** (math.floor(math.log2(FAST_RANGE.value + 0.5)) - 24)
+    return allowed
+
+
+def torch_error(case: Case, others: Tensor) -> float:
+    """The largest error of torch's H among the positives and others on their slopes."""
     scores = case.scores[case.scores != -torch.inf]
     if case.delta == 0 or not scores.numel() or not others.numel():
         return 0.0
     reach = reach_of(case)
     reached = (others >= scores.min() - reach) & (others <= scores.max() + reach)
     others = _thin(others[reached], _COMPARED_OTHERS)
+    if not others.numel():
+        return 0.0
     compared = _thin(scores, _COMPARED_POSITIVES)[:, None]
-    error = 0.0
-    if others.numel():
-        truth = pairwise.step(others.double() - compared.double(), case.delta)
-        same = pairwise.step(others - compared, case.delta)
-        error = (same.double() - truth).abs().max().item()
-    allowed = 4 * error + epsilon(case) / 2
-    if case.scores.dtype == torch.float32 and scores.numel() > tiles.few:
-        allowed += 2.0 ** (math.floor(math.log2(FAST_RANGE.value + 0.5)) - 24)
-    return allowed
+    truth = pairwise.step(others.double() - compared.double(), case.delta)
+    same = pairwise.step(others - compared, case.delta)
+    return (same.double() - truth).abs().max().item()
 
 
 def _thin(vector: Tensor, most: int) -> Tensor:

@@ -55,7 +55,7 @@ def _mean_precision(precision: np.ndarray) -> float:
 
 
 def _coco_dataset(truths: Boxes) -> dict:
-    annotations = []
+    annotations: list[dict] = []
     for image_id, truth in enumerate(truths):
         for (x1, y1, x2, y2), label in zip(
             truth["boxes"].tolist(), truth["labels"].tolist(), strict=True

@@ -18,8 +18,8 @@ import torch
 from alrp_triton.kernels.tiles import Tiles
 from perf import timing
 from perf.candidates import Goal, Grid, candidates
+from perf.judge import Judge
 from perf.machine_code import Compiled, Task, target_of
-from perf.parity import Judge
 
 # (rounds, share of the candidates that go on): all of them shortly, few of them longer.
 RACE = ((3, 0.25), (7, 0.0))
@@ -149,7 +149,7 @@ class Search:
         The graphs share their memory, as they run one after the other and nobody reads results.
         """
         if tiles not in self._calls:
-            call = partial(getattr(self.judge.inputs, self.side), tiles)
+            call = partial(self.judge.call, self.side, tiles)
             self._calls[tiles] = call if self._pool is None else _captured(call, self._pool)
         return self._calls[tiles]
 

@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 from alrp_triton.kernels import pairwise as kernels
 from alrp_triton.kernels import tiles as tiles_of
 from alrp_triton.kernels.tiles import Class, Tiles
-from perf import autotune, machine_code, parity, progress, search, timing
+from perf import autotune, machine_code, progress, search, timing
 from perf.candidates import CLASSES, GRIDS, SIDES, Goal, candidates
+from perf.judge import Judge, draw
 from perf.machine_code import LIMITS, Compiled, Task, resident_warps
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ class Clock:
 
     def interleave(self, calls, device, rounds, until):
         """Takes no time."""
-        found = {name: call.args[0] for name, call in calls.items()}  # partials of the tiles
+        found = {name: call.args[1] for name, call in calls.items()}  # partials of (side, tiles)
         self.timed |= set(found.values())
         return {
             name: [self.seconds(tiles) * (1 + 1e-3 * n) for n in range(rounds)]
@@ -148,7 +149,7 @@ def test_a_candidate_with_a_planted_error_is_refused_however_fast(monkeypatch, s
     (taken_down,) = (x for x in result["search"] if x["side"] == side)
     refused = [x for x in taken_down["tried"][0] if x["refused"]]
     assert {x["tiles"][size] for x in refused} == {wrong}
-    assert all("beyond its budget" in x["refused"] and x["seconds"] is None for x in refused)
+    assert all("times its budget" in x["refused"] and x["seconds"] is None for x in refused)
     assert all(getattr(x, size) != wrong for x in clock.timed)  # checked before any time
     assert "refused" in autotune.to_text(result)
 
@@ -176,7 +177,7 @@ def test_sizes_in_use_that_are_wrong_are_replaced_by_slower_ones(monkeypatch):
     plant(monkeypatch, "gradient", lambda x: x == Tiles(), 1e-3)
     tiles, measured, _, _ = tuned(monkeypatch, lambda x: 1.0 / x.gradient_rows)
     assert tiles == Tiles(gradient_rows=4)
-    assert "beyond its budget" in measured["gradient"]["refused before"]
+    assert "times its budget" in measured["gradient"]["refused before"]
 
 
 def test_a_candidate_that_spills_is_not_run(monkeypatch):
@@ -204,7 +205,7 @@ def test_without_time_everything_stays_and_is_said():
 
 
 def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
-    judge = parity.Judge(parity.draw(torch.float32, 5, 60, CPU, "spread"))
+    judge = Judge(draw(GOAL, CPU))
     until = time.monotonic() + 60
     of_count = search.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
     monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
@@ -218,22 +219,29 @@ def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
 # --- parity -------------------------------------------------------------------------------------
 
 
+def goal(dtype: torch.dtype, positives: int, logits: int, stage: str) -> Goal:
+    return GOAL._replace(
+        kind=GOAL.kind._replace(dtype=tiles_of.dtype_class(dtype)),
+        positives=positives, logits=logits, stage=stage,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["init", "mid", "spread"])
 def test_right_kernels_pass_and_small_errors_do_not(dtype, stage, monkeypatch):
-    judge = parity.Judge(parity.draw(dtype, 40, 400, CPU, stage))
+    judge = Judge(draw(goal(dtype, 40, 400, stage), CPU))
     for side, error in (("count", 3e-5), ("gradient", 2e-2 if dtype != torch.float32 else 3e-5)):
         assert judge.refuses(side, Tiles()) is None
         with monkeypatch.context() as patch:
             plant(patch, side, lambda x: True, error)
-            assert "beyond its budget" in judge.refuses(side, Tiles())
+            assert "times its budget" in judge.refuses(side, Tiles())
             plant(patch, side, lambda x: True, float("nan"))
             assert judge.refuses(side, Tiles()) is not None
 
 
 def test_a_call_that_shows_no_error_is_no_check():
     with pytest.raises(ValueError, match="an error would not show"):
-        parity.Judge(parity.draw(torch.float32, 2, 40, CPU, "late"))
+        Judge(draw(goal(torch.float32, 2, 40, "late"), CPU))
 
 
 # --- candidates and machine code ----------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""Whether a candidate of the tuner computes what it should: asked before any time is taken.
+
+The measure is that of every kernel (`budgets`); what does not depend on the sizes is computed once
+for all candidates.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alrp_triton.kernels import pairwise as kernels
+from alrp_triton.kernels.tiles import Tiles
+
+from .budgets import (
+    Case,
+    CountTerms,
+    GradientTerms,
+    count_budget,
+    count_terms,
+    gradient_budget,
+    gradient_terms,
+)
+from .candidates import Goal
+from .launches import same
+from .parity_checks import Size, draw_case, poisoned, truth_for, worst, worst_of
+
+
+def draw(goal: Goal, device: torch.device) -> Case:
+    """The call that stands for a class."""
+    classes = 80 if goal.logits >= 160 * goal.positives else 2
+    size = Size(goal.logits // classes, classes, goal.positives)
+    return draw_case(size, goal.stage, goal.dtype, device)
+
+
+class Judge:
+    """Holds results of one call to the truth."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._reference = truth_for(case)
+        if not self._count_terms.on_slope[0].any():
+            raise ValueError("no negative is near a positive: an error would not show")
+
+    def call(self, side: str, tiles: Tiles) -> list[Tensor]:
+        """Count or gradient by the kernels."""
+        if side == "count":
+            arguments: tuple[Any, ...] = (*self.case.count_input, tiles)
+            return list(kernels.count(*arguments))
+        arguments = (*self.case.gradient_input, tiles)
+        return kernels.gradient(*arguments)
+
+    def refuses(self, side: str, tiles: Tiles) -> str | None:
+        """Runs a candidate twice; why it may not be chosen, or None."""
+        with poisoned():
+            first, second = self.call(side, tiles), self.call(side, tiles)
+        ratio = (self._of_count if side == "count" else self._of_gradient)(first, tiles)
+        if not ratio <= 1:  # NaN too
+            return f"wrong: off by {ratio:.3g} times its budget"
+        return None if same(first, second) else "two runs differ"
+
+    def _of_count(self, got: list[Tensor], tiles: Tiles) -> float:
+        budget = count_budget(self.case, tiles, self._counts, self._count_terms)
+        return worst(torch.stack(got), self._counts, budget)
+
+    def _of_gradient(self, got: list[Tensor], tiles: Tiles) -> float:
+        truth = self._gradients
+        return worst_of(got, truth, gradient_budget(self.case, tiles, truth, self._gradient_terms))
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return self.case.expected_count(torch.float64, self._reference)
+
+    @cached_property
+    def _gradients(self) -> list[Tensor]:
+        return self.case.expected_gradient(torch.float64, self._reference)
+
+    @cached_property
+    def _count_terms(self) -> CountTerms:
+        return count_terms(self.case)
+
+    @cached_property
+    def _gradient_terms(self) -> list[GradientTerms]:
+        return gradient_terms(self.case)
