@@ -118,10 +118,20 @@ def _resident_peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def _processor() -> str:
+    """The name of the CPU; on Linux the platform module knows only its architecture."""
+    try:
+        models = Path("/proc/cpuinfo").read_text().split("model name")[1:]
+    except OSError:
+        models = []
+    named = models[0].splitlines()[0].lstrip("\t :") if models else platform.processor()
+    return named or platform.machine()
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a time was measured on: a time means nothing beyond it."""
     result = {
-        "device": platform.processor() or platform.machine(),
+        "device": _processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),

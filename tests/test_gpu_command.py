@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,41 +182,69 @@ def test_no_gpu_is_said(monkeypatch, capsys):
     assert "--rehearse" in capsys.readouterr().err
 
 
-# Those below are made by other commands, or run these tests themselves.
-ELSEWHERE = {"benchmark", "tuning", "tests"}
-
-
 def test_rehearsal(tmp_path, capsys):
-    names = [step.name for step in steps.STEPS if step.name not in ELSEWHERE]
-    status = gpu.main(["--rehearse", "--out", str(tmp_path), "--only", *names])
+    status = gpu.main(["--rehearse", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert status == 0, printed
     assert report["rehearsal"] is True
     assert "REHEARSAL" in (tmp_path / "report.md").read_text()
-    assert [step["name"] for step in report["steps"]] == names
+    assert [step["name"] for step in report["steps"]] == [step.name for step in steps.STEPS]
     assert all(step["status"] == "ok" and step["rows"] for step in report["steps"]), printed
     assert len(printed) < 12_000
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) <= 8  # as many as are easily carried off a machine, and in one folder
+    assert {path.parent for path in written} == {tmp_path}
     for step in report["steps"]:
         if step["required"]:
             assert all(row["ok"] is True for row in step["rows"])
 
 
-def test_the_table_and_the_tuner_are_called(tmp_path, monkeypatch):
-    def tune(device, seconds):
-        assert 0 < seconds <= 60
-        return {}
+def row(variant, distribution, **changed):
+    cell = {"dtype": "float32", "N": 60, "P": 5, "delta": 1.0, "distribution": distribution}
+    return {**cell, "variant": variant, "parity": True, "seconds": 0.5, **changed}
 
-    elsewhere = SimpleNamespace(
-        CELLS={"rehearse": ("a cell",)},
-        VARIANTS={},
-        run=lambda cells, variants, device, rounds, until: {"rows": [*cells], "dropped": []},
-        tune=tune,
-        write=lambda result, folder, name="tiles": [folder / f"{name}.json"],
-    )
-    monkeypatch.setattr(steps.importlib, "import_module", lambda name: elsewhere)
+
+def test_the_benchmark_takes_the_sizes_just_tuned(tmp_path, monkeypatch):
+    bench, autotune = (importlib.import_module(f"perf.{name}") for name in ("bench", "autotune"))
+    tiles = importlib.import_module("alrp_triton.kernels.tiles")
+    monkeypatch.setenv(tiles.FOLDER, "elsewhere")
     context = steps.Rehearsal(tmp_path)
     context.until = time.monotonic() + 60
-    (benchmark,), (tuning,) = steps.benchmark(context), steps.tuning(context)
-    assert benchmark.run() == {"rows": 1, "dropped": [], "files": ["bench.json"]}
-    assert tuning.run() == {"files": ["tiles.json"]}
+    found = []
+
+    def tune(device, seconds, progress):
+        found.append(os.environ[tiles.FOLDER])
+        assert 0 < seconds <= 60
+        return {
+            "pairwise": [],
+            "left_out": [],
+            "search": [],
+            "machine": steps.timing.machine(device),
+        }
+
+    def run(cells, variants, device, rounds, until, progress):
+        found.append(os.environ[tiles.FOLDER])
+        ours = [row(bench.OURS, "init"), row(bench.OURS, "mid"), row("other", "mid", parity=False)]
+        return {"rows": ours, "dropped": []}
+
+    monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "write", lambda report, folder, name: [folder / f"{name}.json"])
+    (tuning,), (benchmark,) = steps.tuning(context), steps.benchmark(context)
+    assert tuning.run()["gains"] == {}
+    timed = benchmark.run()
+    assert timed["ok"]
+    assert timed["milliseconds"] == {bench.OURS: 500.0}
+    assert found == ["elsewhere", str(tmp_path)]
+    assert os.environ[tiles.FOLDER] == "elsewhere"
+
+
+def test_a_benchmark_that_is_wrong_fails(tmp_path, monkeypatch):
+    bench = importlib.import_module("perf.bench")
+    context = steps.Rehearsal(tmp_path)
+    rows = [row(bench.OURS, "init", parity=False, seconds=None)]
+    monkeypatch.setattr(bench, "run", lambda *_, **__: {"rows": rows, "dropped": []})
+    monkeypatch.setattr(bench, "write", lambda *_: [])
+    (benchmark,) = steps.benchmark(context)
+    assert not benchmark.run()["ok"]
