@@ -295,7 +295,7 @@ def _short(x: Any) -> str:
         return f"{x:.4g}"
     if isinstance(x, dict):
         inner = [f"{k} {_short(v['median'] if isinstance(v, dict) else v)}" for k, v in x.items()]
-        return "(" + ", ".join(inner[:8]) + ")"
+        return "(" + "; ".join(inner[:8]) + ")"
     return str(x)[:_SHOWN]
 
 

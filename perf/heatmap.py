@@ -17,7 +17,7 @@ class Panel(NamedTuple):
     axes: tuple[str, str]
     cells: dict[tuple[int, int], float]
     tried: set[tuple[int, int]]
-    marked: tuple[int, int]  # the sizes in use
+    marked: tuple[int, int]  # the sizes at the start
     form: str
     reverse: bool = False  # more is better
 
@@ -87,13 +87,15 @@ def save(panels: list[Panel], path: Path) -> list[Path]:
         _draw(axes, panel)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle("Framed: the sizes in use. x: refused or not reached", fontsize=9)
+    figure.suptitle("Framed: the sizes at the start. x: refused or not reached", fontsize=9)
     figure.savefig(path, dpi=130)
     return [path]
 
 
 def _draw(axes: Any, panel: Panel) -> None:
     from matplotlib.patches import Rectangle
+
+    from .plots import VERMILION
 
     firsts, seconds = (sorted({at[axis] for at in panel.tried}) for axis in (0, 1))
     table = [[panel.cells.get((a, b), float("nan")) for b in seconds] for a in firsts]
@@ -105,7 +107,9 @@ def _draw(axes: Any, panel: Panel) -> None:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.75}
             axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
             if (a, b) == panel.marked:
-                axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, lw=2.5))
+                place, size = (x - 0.47, y - 0.47), 0.94
+                frame = Rectangle(place, size, size, fill=False, lw=3, edgecolor=VERMILION)
+                axes.add_patch(frame)
     axes.set_xticks(range(len(seconds)), seconds)
     axes.set_yticks(range(len(firsts)), firsts)
     axes.set(xlabel=panel.axes[1], ylabel=panel.axes[0])

@@ -6,12 +6,13 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from alrp_triton import alrp_loss
-from perf import bench, focal, peers, real_boxes, workloads
+from perf import bench, focal, peers, real_boxes, timing, workloads
 from perf.bench_report import picture, to_markdown, write
 from perf.timing import copy_bandwidth
 from perf.variants import OURS, VARIANTS, Variant, at_most_pairs, at_most_positives
@@ -385,3 +386,16 @@ def test_anchors_are_assigned_by_iou():
     assert (targets == 3).sum() == 1  # too small for IoU 0.5: its best anchor all the same
     assert (targets == -100).any()
     assert set(targets.unique().tolist()) == {-100, -1, 3, 7}
+
+
+def test_the_processor_has_a_name(monkeypatch):
+    told = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: x\nmodel name\t: another\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: told)
+    assert timing._processor() == "Some CPU @ 3 GHz"
+
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(timing.platform, "processor", lambda: "")
+    assert timing._processor() == timing.platform.machine()
