@@ -17,7 +17,7 @@ from alrp_triton.reference import layout, pairwise
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from alrp_triton.kernels.tiles import Tiles
+    from alrp_triton.kernels.tiles import BreakpointTiles, Tiles
 
 IGNORE = -100
 Error = TypeVar("Error", float, Tensor)
@@ -48,14 +48,6 @@ class Case(NamedTuple):
     def gradient_input(self) -> tuple[Any, ...]:
         """The arguments of `gradient`."""
         return (*self._gradient_tensors(), self.delta, IGNORE)
-
-    def tuned_tiles(self) -> Tiles:
-        """What the kernels take where no sizes are given."""
-        from alrp_triton.kernels.tiles import tiles_for
-
-        size = sum(level.numel() for level in self.logits)
-        dtype = self.logits[0].dtype if self.logits else self.scores.dtype
-        return tiles_for(self.scores.device, dtype, self.scores.numel(), size)
 
     def expected_count(
         self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
@@ -147,6 +139,52 @@ def epsilon(case: Case) -> float:
     return torch.finfo(case.scores.dtype).eps
 
 
+class Rounding(NamedTuple):
+    """What an algorithm may add to the error of torch's arithmetic in the same dtype."""
+
+    step: float  # to one H on its slope
+    count_terms: int  # numbers of the dtype that are added in a row, for NFP
+    gradient_terms: int  # likewise, for one entry of the gradient
+
+
+def rounding_of_tiles(case: Case, tiles: Tiles | BreakpointTiles) -> Rounding:
+    """Of the kernels that take these sizes."""
+    from alrp_triton.kernels.tiles import BreakpointTiles
+
+    if isinstance(tiles, BreakpointTiles):
+        return _breakpoint_rounding(case, tiles)
+    return _pairwise_rounding(case, tiles)
+
+
+def _pairwise_rounding(case: Case, tiles: Tiles) -> Rounding:
+    """Sums run in the dtype over a bounded number of terms.
+
+    A block that takes the way of two instructions (float32, |s| scale <= FAST_RANGE, more than a
+    few positives) may add half a unit in the last place of 1/2 - s scale, as the kernels say.
+    """
+    from alrp_triton.kernels.pairwise import FAST_RANGE
+
+    fast = case.scores.dtype == torch.float32 and (case.scores != -torch.inf).sum() > tiles.few
+    lanes = tiles.lanes * tiles.count_warps
+    return Rounding(
+        step=2.0 ** (math.floor(math.log2(FAST_RANGE.value + 0.5)) - 24) if fast else 0.0,
+        count_terms=tiles.count_fold + tiles.count_rows + int(math.log2(lanes)),
+        gradient_terms=min(tiles.gradient_fold, tiles.gradient_block) + 1,
+    )
+
+
+def _breakpoint_rounding(case: Case, tiles: BreakpointTiles) -> Rounding:
+    """A distance is rounded to its unit, and what is summed is integer.
+
+    An entry of the gradient is a value and a slope, each rounded, times a distance, and added.
+    """
+    from alrp_triton.kernels.intervals import pack_levels
+
+    bits = pack_levels(case.logits, 2 * case.scores.numel(), tiles).bits
+    exact = case.scores.dtype == torch.float64
+    return Rounding(step=0.0 if exact else 2.0 ** -(bits + 1), count_terms=0, gradient_terms=4)
+
+
 class CountTerms(NamedTuple):
     """What a budget of counts is made of whatever the sizes of the kernels are."""
 
@@ -172,14 +210,18 @@ def count_terms(case: Case) -> CountTerms:
 
 
 def count_budget(
-    case: Case, tiles: Tiles, exact: Tensor, terms: CountTerms | None = None
+    case: Case,
+    tiles: Tiles | BreakpointTiles,
+    exact: Tensor,
+    terms: CountTerms | None = None,
 ) -> Tensor:
     """(3, P): how far NFP, rank+ and S may be from `exact`, the reference in float64."""
     terms = terms or count_terms(case)
-    budget = pair_error(case, tiles, terms.torch_error) * terms.on_slope
-    # A sum of n float32 terms is right to n half units, and the kernel adds so many in a row.
-    chain = tiles.count_fold + tiles.count_rows + int(math.log2(tiles.lanes * tiles.count_warps))
-    budget[0] += (0 if case.delta == 0 else chain * epsilon(case) / 2) * exact[0]
+    rounding = rounding_of_tiles(case, tiles)
+    budget = pair_error(case, rounding, terms.torch_error) * terms.on_slope
+    # A sum of n terms is right to n half units.
+    in_sum = 0 if case.delta == 0 else rounding.count_terms * epsilon(case) / 2
+    budget[0] += in_sum * exact[0]
     return budget + torch.finfo(torch.float64).eps * exact.abs() * case.scores.numel()
 
 
@@ -203,14 +245,18 @@ def gradient_terms(case: Case) -> list[GradientTerms]:
 
 
 def gradient_budget(
-    case: Case, tiles: Tiles, truth: Sequence[Tensor], terms: list[GradientTerms] | None = None
+    case: Case,
+    tiles: Tiles | BreakpointTiles,
+    truth: Sequence[Tensor],
+    terms: list[GradientTerms] | None = None,
 ) -> list[Tensor]:
     """How far the gradient by each level may be from `truth`, the reference in float64."""
     terms = terms or gradient_terms(case)
-    rounding = (min(tiles.gradient_fold, tiles.gradient_block) + 1) * epsilon(case) / 2
+    rounding = rounding_of_tiles(case, tiles)
+    in_sum = rounding.gradient_terms * epsilon(case) / 2
     budgets = []
     for level, exact, (on_slope, error) in zip(case.logits, truth, terms, strict=True):
-        spread = pair_error(case, tiles, error) * on_slope + rounding * exact.abs()
+        spread = pair_error(case, rounding, error) * on_slope + in_sum * exact.abs()
         budgets.append(spread + rounding_of(level, exact, spread))
     return budgets
 
@@ -224,21 +270,14 @@ def rounding_of(out: Tensor, exact: Tensor, spread: Tensor) -> Tensor:
     return last_place + spread * info.eps
 
 
-def pair_error(case: Case, tiles: Tiles, of_torch: Error) -> Error:
+def pair_error(case: Case, rounding: Rounding, of_torch: Error) -> Error:
     """The allowed error of one H on its slope; everywhere else it is exact.
 
-    Four times the largest error that torch makes in the same dtype. A block that takes the way of
-    two instructions (float32, |s| scale <= FAST_RANGE, more than a few positives) may add half a
-    unit in the last place of 1/2 - s scale, as the kernels say.
+    Four times the largest error that torch makes in the same dtype, and what the algorithm adds.
     """
-    from alrp_triton.kernels.pairwise import FAST_RANGE
-
     if case.delta == 0:
         return 0 * of_torch
-    allowed = 4 * of_torch + epsilon(case) / 2
-    if case.scores.dtype == torch.float32 and (case.scores != -torch.inf).sum() > tiles.few:
-        allowed = allowed + 2.0 ** (math.floor(math.log2(FAST_RANGE.value + 0.5)) - 24)
-    return allowed
+    return 4 * of_torch + (epsilon(case) / 2 + rounding.step)
 
 
 def torch_error(case: Case, others: Tensor) -> float:

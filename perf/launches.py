@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -25,11 +27,21 @@ class OnGrid:
         return self.kernel[(self.programs,)]
 
 
-def compiled_variants(kernels: ModuleType) -> int:
-    """How many kernels of a module Triton's JIT holds compiled; 0 in the interpreter."""
-    return sum(
-        len(cache[0])
-        for kernel in vars(kernels).values()
+def compiled_variants() -> int:
+    """How many kernels of the package Triton's JIT holds compiled; 0 in the interpreter."""
+    kernels = {
+        id(kernel): kernel
+        for name, module in sys.modules.items()
+        if name.startswith("alrp_triton.kernels.")
+        for kernel in vars(module).values()
         if hasattr(kernel, "device_caches")
-        for cache in kernel.device_caches.values()
+    }
+    return sum(
+        len(cache[0]) for kernel in kernels.values() for cache in kernel.device_caches.values()
     )
+
+
+def counting(kernels: ModuleType) -> ModuleType:
+    """Where the kernel is that an algorithm counts with."""
+    name = kernels.__name__.replace(".breakpoints", ".intervals")
+    return importlib.import_module(name)

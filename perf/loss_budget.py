@@ -28,7 +28,7 @@ from .budgets import (
 )
 
 if TYPE_CHECKING:
-    from alrp_triton.kernels.tiles import Tiles
+    from alrp_triton.kernels.tiles import BreakpointTiles, Tiles
 
 LOSSES = ("alrp", "ap")
 
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def loss_budget(
-    loss: str, case: Case, tiles: Tiles, truth: LossResult, reference: ModuleType
+    loss: str, case: Case, tiles: Tiles | BreakpointTiles, truth: LossResult, reference: ModuleType
 ) -> LossResult:
     """How far a loss may be from `truth`, the reference's in float64."""
     case = case if loss == "alrp" else case._replace(values=torch.zeros_like(case.values))
@@ -114,7 +114,7 @@ def loss_budget(
 
 
 def _by_loc_errors(
-    case: Case, tiles: Tiles, rank: Tensor, d_rank: Tensor, reference: ModuleType
+    case: Case, tiles: Tiles | BreakpointTiles, rank: Tensor, d_rank: Tensor, reference: ModuleType
 ) -> Tensor:
     """Of dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
 

@@ -41,7 +41,7 @@ def algorithms(device: torch.device) -> tuple[dict[str, ModuleType], dict[str, s
     for name in ops.ALGORITHMS:
         if name != "auto":
             try:
-                runnable[name] = ops.select("triton", name, device)
+                runnable[name] = ops.select("triton", name, [], torch.empty(0, device=device))
             except RuntimeError as error:
                 missing[name] = str(error)
     return runnable, missing
@@ -65,7 +65,7 @@ def _draw(size: Size, distribution: str) -> tuple[Tensor, Tensor]:
 
 def judge(case: Case, kernels: ModuleType) -> dict[str, Any]:
     """Holds one count and one gradient to the truth."""
-    reference, tiles = truth_for(case), case.tuned_tiles()
+    reference, tiles = truth_for(case), kernels.choose_tiles(case.logits, case.scores)
     with poisoned():
         counts = torch.stack(kernels.count(*case.count_input))
         gradients = kernels.gradient(*case.gradient_input)
@@ -86,13 +86,14 @@ def judge(case: Case, kernels: ModuleType) -> dict[str, Any]:
     return verdict(ratios) if shaped else {"ok": False, "why": "shape or dtype of the gradient"}
 
 
-def judge_losses(case: Case, algorithm: str) -> dict[str, Any]:
+def judge_losses(case: Case, algorithm: str, kernels: ModuleType) -> dict[str, Any]:
     """Holds the values and gradients of the public losses to the truth; no padding here."""
     reference, ratios = truth_for(case), {}
+    tiles = kernels.choose_tiles(case.logits, case.scores)
     truth_algorithm = "pairwise" if reference is pairwise else "breakpoints"
     for loss in LOSSES:
         truth = evaluate(loss, case, "torch", truth_algorithm, torch.float64)
-        budget = loss_budget(loss, case, case.tuned_tiles(), truth, reference)
+        budget = loss_budget(loss, case, tiles, truth, reference)
         with poisoned():
             got = evaluate(loss, case, "triton", algorithm)
         ratios[f"{loss} value"] = worst(got.values, truth.values, budget.values)

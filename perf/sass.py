@@ -12,11 +12,12 @@ would look for a compiled kernel. TRITON_INTERPRET must not be set when the kern
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INSTRUCTION = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*?);?(?:\s+(.*?))?;"
-)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*?);?(?:\s+(.*?))?;")
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 
 
@@ -39,6 +38,32 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: dict[str, Any]  # by name, the compiler's options (num_warps, ...) among them
     grid: Any = (1,)
+
+
+class Instruction(NamedTuple):
+    """One line of SASS."""
+
+    address: int
+    predicate: str  # such as @P0, or nothing
+    opcode: str  # with modifiers, such as FFMA.SAT
+    operands: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is more than a filling."""
+        return self.opcode != "NOP"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether what follows it in memory never follows it in time."""
+        if self.opcode.startswith("BRA"):  # a condition stands before it, or before its target
+            return not self.predicate and self.operands.startswith("`")
+        return not self.predicate and self.opcode.split(".")[0] in ("EXIT", "RET", "BRX", "JMP")
+
+    def target(self, labels: dict[str, int]) -> int | None:
+        """Where it branches to."""
+        label = re.search(r"\.L_x_\d+", self.operands)
+        return labels.get(label.group()) if self.opcode.startswith("BRA") and label else None
 
 
 class Loop(NamedTuple):
@@ -120,7 +145,7 @@ def _read_cubin(cubin: bytes, shared: int) -> Code:
     return Code(
         assembly=sass,
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        spills=sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in instructions),
+        spills=sum(x.opcode.startswith(("LDL", "STL")) for x in instructions),
         shared=shared,
         loops=_loops(instructions, labels),
     )
@@ -139,9 +164,9 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _parse(sass: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
-    """[(address, opcode, operands)], and the address behind each label."""
-    instructions: list[tuple[int, str, str]] = []
+def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions, and the address behind each label."""
+    instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
     for line in sass.splitlines():
@@ -151,22 +176,127 @@ def _parse(sass: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
             address = int(found.group(1), 16)
             labels.update(dict.fromkeys(waiting, address))
             waiting.clear()
-            instructions.append((address, found.group(2), found.group(3) or ""))
+            _, predicate, opcode, operands = found.groups()
+            instructions.append(Instruction(address, predicate or "", opcode, operands or ""))
     return instructions, labels
 
 
-def _loops(instructions: list[tuple[int, str, str]], labels: dict[str, int]) -> list[Loop]:
+def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]:
     last_of: dict[int, int] = {}
-    for address, opcode, operands in instructions:
-        if opcode.startswith("BRA") and (label := re.search(r"\.L_x_\d+", operands)):
-            first = labels.get(label.group(), address)
-            if first < address:
-                last_of[first] = address
+    for instruction in instructions:
+        first = instruction.target(labels)
+        if first is not None and first < instruction.address:
+            last_of[first] = instruction.address
     return [
         Loop(
             first,
             last,
-            Counter(o for address, o, _ in instructions if first <= address <= last and o != "NOP"),
+            Counter(x.opcode for x in instructions if first <= x.address <= last and x.counts),
         )
         for first, last in sorted(last_of.items())
     ]
+
+
+def longest_path(
+    code: Code,
+    turns: int,
+    whole: bool = False,
+    without: Callable[[Instruction], object] = lambda instruction: False,
+) -> int:
+    """The most instructions that one turn of a kernel's largest loop can take; NVIDIA only.
+
+    Of two branches only one is counted, and a loop inside counts `turns` times. What runs only
+    where the threads of a warp have come apart (BRA.DIV) is left out.
+
+    Args:
+        code: as compiled.
+        turns: of every loop inside.
+        whole: from the kernel's entry to its exit instead.
+        without: a path through an instruction for which this is true does not count.
+    """
+    instructions, labels = _parse(code.assembly)
+    flow = _Flow(instructions, labels)
+    closed = {x.address for x in instructions if without(x)}
+    entry = instructions[0].address
+    loops = flow.loops(entry)
+    if whole:
+        return flow.longest(entry, set(flow.counts), loops, turns, closed)
+    head = max(loops, key=lambda first: len(loops[first]))
+    inside = {
+        first: body for first, body in loops.items() if first != head and first in loops[head]
+    }
+    return flow.longest(head, loops[head], inside, turns, closed)
+
+
+class _Flow:
+    """Which instruction may follow which."""
+
+    def __init__(self, instructions: list[Instruction], labels: dict[str, int]) -> None:
+        self.counts = {x.address: x.counts for x in instructions}
+        self.next: dict[int, list[int]] = {}
+        behind = [x.address for x in instructions[1:]] + [None]
+        for instruction, following in zip(instructions, behind, strict=True):
+            target = instruction.target(labels)
+            after = [target] if target is not None and ".DIV" not in instruction.opcode else []
+            if following is not None and not instruction.leaves:
+                after.append(following)
+            self.next[instruction.address] = after
+
+    def loops(self, entry: int) -> dict[int, set[int]]:
+        """{head: the addresses that a loop repeats, loops inside included}."""
+        before: dict[int, list[int]] = {}
+        bodies: dict[int, set[int]] = {}
+        for address, following in self._back_edges(entry, before):
+            body = bodies.setdefault(following, {following})
+            waiting = [address]
+            while waiting:
+                address = waiting.pop()
+                if address not in body:
+                    body.add(address)
+                    waiting += before[address]
+        return bodies
+
+    def _back_edges(self, entry: int, before: dict[int, list[int]]) -> list[tuple[int, int]]:
+        """Edges to what is still being walked through; fills in what stands before what."""
+        found: list[tuple[int, int]] = []
+        state = {entry: iter(self.next[entry])}
+        path, done = [entry], set()
+        while path:
+            following = next(state[path[-1]], None)
+            if following is None:
+                done.add(path.pop())
+                continue
+            before.setdefault(following, []).append(path[-1])
+            if following not in state:
+                state[following] = iter(self.next[following])
+                path.append(following)
+            elif following not in done:
+                found.append((path[-1], following))
+        return found
+
+    def longest(
+        self,
+        start: int,
+        region: set[int],
+        loops: dict[int, set[int]],
+        turns: int,
+        closed: set[int],
+    ) -> int:
+        """Instructions of the longest path from `start` to where it leaves the region."""
+        back = set(self._back_edges(start, {}))
+        best: dict[int, float] = {}
+        waiting = [start]
+        while waiting:
+            address = waiting[-1]
+            after = [x for x in self.next[address] if x in region and (address, x) not in back]
+            missing = [following for following in after if following not in best]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            weight = self.counts[address] * turns ** sum(address in x for x in loops.values())
+            rest = max((best[following] for following in after), default=0)
+            best[address] = -math.inf if address in closed else weight + rest
+        if best[start] == -math.inf:
+            raise ValueError("without: every path was left out")
+        return int(best[start])

@@ -12,6 +12,8 @@ from torch import Tensor
 # What an infinite score is ranked as, as in `reference.layout`.
 LARGEST = tl.constexpr(2.0**125)
 
+_WRITTEN = 256  # positives of a program that writes their own gradient
+
 
 def jit(kernel: Callable) -> Any:
     """triton.jit that specialises on no number's value and on no pointer's alignment.
@@ -30,6 +32,12 @@ def jit(kernel: Callable) -> Any:
 def real(bits, dtype: tl.constexpr):
     """A number from the bits of its float64, since a float argument may arrive as float32."""
     return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def nan_maximum(a, b):
+    """For tl.reduce: the larger one, or NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -100,6 +108,33 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
     return finite(scores.to(dtype)), negative, places
 
 
+@jit
+def _own_kernel(
+    index,  # (P,) int64
+    own,  # (P,) float64
+    out,  # (batch, classes, places), one level
+    positives,
+    first: tl.int64,
+    size: tl.int64,
+    classes: tl.int64,
+    places: tl.int64,
+    out_0: tl.int64,
+    out_1: tl.int64,
+    out_2: tl.int64,
+    LANES: tl.constexpr,
+):
+    """Writes own(i) where the positive i stands, if that is in the level that begins at `first`."""
+    i = tl.cast(tl.program_id(0), tl.int64) * LANES + tl.arange(0, LANES)
+    place = tl.load(index + i, mask=i < positives, other=-1) - first
+    mask = (place >= 0) & (place < size)
+    row = place // places
+    at = (row // classes) * out_0 + (row % classes) * out_1 + (place % places) * out_2
+    value = tl.load(own + i, mask=mask)
+    if out.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
 class Level(NamedTuple):
     """A level's axes in the order of its memory: (outer, middle, inner)."""
 
@@ -151,6 +186,29 @@ def lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Level
     )
 
 
+def is_dense(tensor: Tensor, like: Tensor | None = None) -> bool:
+    """Whether the elements fill a stretch of memory, each in a place of its own.
+
+    With `like`, also whether each stands in the same place as there.
+    """
+    steps = sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size > 1
+    )
+    expected = 1
+    for stride, size in steps:
+        if stride != expected:
+            return False
+        expected *= size
+    if like is None:
+        return True
+    return tensor.shape == like.shape and all(
+        mine == other or size == 1
+        for mine, other, size in zip(tensor.stride(), like.stride(), tensor.shape, strict=True)
+    )
+
+
 def _span(tensor: Tensor, axes: Sequence[int]) -> int:
     """How far apart two elements may stand along some axes."""
     return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
@@ -159,3 +217,27 @@ def _span(tensor: Tensor, axes: Sequence[int]) -> int:
 def bits_of(number: float) -> int:
     """A float64 as the integer of the same bits, see `real`."""
     return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def write_own(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> None:
+    """Writes own (P,) into the levels' gradients at the positions `index` (P,); -1 is padding."""
+    index, own = index.contiguous(), own.contiguous()
+    first = 0
+    for out in gradients:
+        if out.numel() and index.numel():
+            _own_kernel[(triton.cdiv(index.numel(), _WRITTEN),)](
+                index=index,
+                own=own,
+                out=out,
+                positives=index.numel(),
+                first=first,
+                size=out.numel(),
+                classes=out.shape[1],
+                places=out.shape[2],
+                out_0=out.stride(0),
+                out_1=out.stride(1),
+                out_2=out.stride(2),
+                LANES=_WRITTEN,
+                num_warps=1,
+            )
+        first += out.numel()

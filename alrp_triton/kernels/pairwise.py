@@ -29,15 +29,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .levels import bits_of, jit, lay_out, offset_of, origin_of, read_logits, real
+from .levels import (
+    bits_of,
+    jit,
+    lay_out,
+    nan_maximum,
+    offset_of,
+    origin_of,
+    read_logits,
+    real,
+    write_own,
+)
 from .tiles import Tiles, tiles_for
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
 
-# Positives of a program that sums their ranks, and of one that writes their own gradient.
+# Positives of a program that sums their ranks.
 _RANKED = 8
-_WRITTEN = 256
 
 # Positives that the gradient of the hard step sums at a time, at most.
 _HARD_FOLD = 16
@@ -46,11 +55,6 @@ _HARD_FOLD = 16
 _FAST = tl.constexpr(0)  # 1/2 - s_i scale
 _EXACT = tl.constexpr(1)  # s_i
 _FEW = tl.constexpr(2)  # s_i, and no positive behind the first `FEW` places
-
-
-@triton.jit
-def _nan_maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -148,8 +152,8 @@ def _count_tiles(
             v = tl.where(negative & (local < end), v, float("-inf"))
 
             # 2. A NaN stays in `seen`, since the clamp of H would lose it.
-            highest = tl.reduce(v, 0, _nan_maximum)
-            seen = _nan_maximum(seen, highest)
+            highest = tl.reduce(v, 0, nan_maximum)
+            seen = nan_maximum(seen, highest)
 
             # 3. NFP(i) = sum_j H(x_ij), Eq. 3, if there is any x_ij >= -delta at all.
             if tl.max((highest - lowest >= -delta).to(tl.int32), 0) > 0:
@@ -431,40 +435,13 @@ def _gradient_kernel(
     tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=inside)
 
 
-@jit
-def _own_kernel(
-    index,  # (P,) int64
-    own,  # (P,) float64
-    out,  # (batch, classes, places), one level
-    positives,
-    first: tl.int64,
-    size: tl.int64,
-    classes: tl.int64,
-    places: tl.int64,
-    out_0: tl.int64,
-    out_1: tl.int64,
-    out_2: tl.int64,
-    LANES: tl.constexpr,
-):
-    """Writes own(i) where the positive i stands, if that is in the level that begins at `first`."""
-    i = tl.cast(tl.program_id(0), tl.int64) * LANES + tl.arange(0, LANES)
-    place = tl.load(index + i, mask=i < positives, other=-1) - first
-    mask = (place >= 0) & (place < size)
-    row = place // places
-    at = (row // classes) * out_0 + (row % classes) * out_1 + (place % places) * out_2
-    value = tl.load(own + i, mask=mask)
-    if out.dtype.element_ty != tl.float64:
-        value = value.to(tl.float32)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
-
-
 class _Prepared(NamedTuple):
     table: Tensor  # (4, padded), see `_prepare_kernel`
     last: Tensor  # (1,) int32
     common: dict[str, Any]  # arguments that every kernel takes
 
 
-def _choose_tiles(levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None) -> Tiles:
+def choose_tiles(levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None = None) -> Tiles:
     """The sizes for a call, those of its class if none are given."""
     if tiles is None:
         dtype = levels[0].dtype if levels else scores.dtype
@@ -534,7 +511,7 @@ def count(
     if not positives:
         return nfp, rank_positive, value_sum
     with torch.cuda.device_of(scores):
-        tiles = _choose_tiles(logits, scores, tiles)
+        tiles = choose_tiles(logits, scores, tiles)
         table, last, common = _prepare(scores, None, delta, tiles.count_block, tiles.few)
         lanes = tiles.lanes * tiles.count_warps
         pairs = [pair for pair in zip(logits, targets, strict=True) if pair[0].numel()]
@@ -612,14 +589,12 @@ def gradient(
     """
     gradients = [torch.empty_like(level) for level in logits]
     with torch.cuda.device_of(scores):
-        tiles = _choose_tiles(logits, scores, tiles)
+        tiles = choose_tiles(logits, scores, tiles)
         block, rows = tiles.gradient_block, tiles.gradient_rows
         table, last, common = _prepare(scores, weights, delta, block, tiles.few)
         lanes = tiles.lanes * tiles.gradient_warps
-        index, own = index.contiguous(), own.contiguous()
         # The hard step compares and selects: with more positives at a time registers run out.
         fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
-        first = 0
         for level, target, out in zip(logits, targets, gradients, strict=True):
             size = level.numel()
             if size:
@@ -643,21 +618,5 @@ def gradient(
                     num_warps=tiles.gradient_warps,
                     **common,
                 )
-            if size and index.numel():
-                _own_kernel[(triton.cdiv(index.numel(), _WRITTEN),)](
-                    index=index,
-                    own=own,
-                    out=out,
-                    positives=index.numel(),
-                    first=first,
-                    size=size,
-                    classes=level.shape[1],
-                    places=level.shape[2],
-                    out_0=out.stride(0),
-                    out_1=out.stride(1),
-                    out_2=out.stride(2),
-                    LANES=_WRITTEN,
-                    num_warps=1,
-                )
-            first += size
+        write_own(gradients, index, own)
     return gradients
