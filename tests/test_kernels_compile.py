@@ -127,10 +127,11 @@ def _variants(target: str, tuned: tuple = ()) -> list[int]:
     return numbers
 
 
-def _run(target: str) -> dict[str, Any]:
+def run(target: str, module: str = "tests.test_kernels_compile") -> dict[str, Any]:
+    """What a module prints for a target, run where the kernels are not interpreted."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.test_kernels_compile", target],
+        [sys.executable, "-W", "ignore", "-m", module, target],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,
@@ -145,7 +146,7 @@ def _run(target: str) -> dict[str, Any]:
 def compiled() -> dict[str, dict[str, Any]]:
     """{target: figures}, two targets at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(_run, TARGETS), strict=True))
+        return dict(zip(TARGETS, pool.map(run, TARGETS), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -180,3 +180,34 @@ def _entry(entry: dict[str, Any], default: Tiles) -> tuple[Class, Tiles]:
 def _expect(given: dict[str, Any], known: set[str]) -> None:
     if unknown := set(given) - known:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+
+
+class BreakpointTiles(NamedTuple):
+    """Sizes of the breakpoint kernels, each a power of two.
+
+    A program that reads logits is one warp, and its tile has `count_rows * lanes` logits, or
+    `gradient_rows * lanes`.
+    """
+
+    lanes: int = 32  # threads of a warp
+    count_rows: int = 16
+    gradient_rows: int = 32
+    programs: int = 1 << 14  # at most so many share the tiles of a level
+    block: int = 128  # positives, edges or anchors of a program
+    patterns: int = 512  # of the bits of 16-bit logits, of a program
+
+
+def breakpoint_tiles(device: torch.device, dtype: torch.dtype) -> BreakpointTiles:
+    """The sizes for logits of a dtype on a device; nothing is tuned yet."""
+    if device.type == "cuda":
+        lanes = torch.cuda.get_device_properties(device).warp_size
+        return default_breakpoint_tiles(lanes, dtype)
+    # The interpreter takes as long for a small program as for a large one.
+    return default_breakpoint_tiles(32, dtype)._replace(patterns=1 << 14)
+
+
+def default_breakpoint_tiles(lanes: int, dtype: torch.dtype) -> BreakpointTiles:
+    """The sizes for an unknown GPU of a warp size."""
+    if dtype == torch.float64:  # no more than registers hold
+        return BreakpointTiles(lanes, count_rows=4, gradient_rows=4)
+    return BreakpointTiles(lanes, gradient_rows=16 if lanes == 64 else 32)

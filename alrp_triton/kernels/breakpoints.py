@@ -1,0 +1,229 @@
+"""Counts and sums between the sorted breakpoints: `reference/breakpoints.py` in Triton.
+
+H is piecewise linear, so NFP(i) needs only how many negatives lie in each interval between two
+edges, and the sum of their distances to its start; and the gradient by s_j is a line in each
+interval. A logit is read once and looked up: what the positives cost does not grow with N.
+
+    edges       sorts the 2P edges s_i - delta, s_i + delta, and finds a score among them
+    intervals   counts the negatives between them, in integers
+    scan        sums along the line
+    lines       writes the gradient
+
+Nothing waits for the device, nothing is P x P, and results repeat bit by bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .edges import add_exactly, sort_edges
+from .intervals import count_negatives
+from .levels import bits_of, jit, real, write_own
+from .lines import write_lines
+from .scan import integrate
+from .tiles import BreakpointTiles, breakpoint_tiles
+
+
+@jit
+def _points_kernel(
+    order,  # (P,) int64, as in `Edges`; so are the next five
+    scores,
+    ranks,
+    windows,
+    values,  # (P,) float64
+    jump,  # (2, 3P) float64, out: 1 and the value at each positive, 0 at each edge
+    high,  # (3P,) float64, out: where edges and positives lie together; so is the next
+    low,
+    opened,  # (3P,) int8, out: whether a window lies behind each of them
+    positives,
+    delta_bits: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Positives and edges in one order: between them the rank among positives does not change."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < positives
+    delta = real(delta_bits, tl.float64)
+    s = tl.load(scores + i, mask=mask, other=0.0).to(tl.float64)
+    valid = s != float("-inf")
+    place = tl.load(order + i, mask=mask, other=0)
+    value = tl.load(values + place, mask=mask & valid, other=0.0)
+    for side in tl.static_range(3):
+        at = tl.load(ranks + (2 + side) * positives + i, mask=mask, other=0)
+        point, rest = add_exactly(s, (side - 1) * delta)
+        tl.store(high + at, point, mask=mask)
+        tl.store(low + at, rest, mask=mask)
+        tl.store(jump + at, tl.where(valid & (side == 1), 1.0, 0.0), mask=mask)
+        tl.store(jump + 3 * positives + at, tl.where(side == 1, value, 0.0), mask=mask)
+        behind = valid
+        if side == 2:
+            upper = tl.load(ranks + positives + i, mask=mask, other=0)
+            behind = tl.load(windows + upper, mask=mask, other=0) != 0
+        tl.store(opened + at, behind.to(tl.int8), mask=mask)
+
+
+@jit
+def _finish_kernel(
+    order,
+    scores,
+    ranks,
+    values,
+    unordered,
+    running,  # (1, 2P) float64: how many negatives lie at or above each edge
+    integral,  # (1, 2P) float64: of that number, from the last edge down, over the windows
+    running_positive,  # (2, 3P) float64: the same of the positives, and of their values
+    integral_positive,
+    nfp,  # (P,) float64, out; so are the next two
+    rank_positive,
+    value_sum,
+    positives,
+    delta_bits: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """A positive's sum over H is the mean over its window of how many lie at or above."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < positives
+    delta = real(delta_bits, tl.float64)
+    s = tl.load(scores + i, mask=mask, other=0.0)
+    valid = s != float("-inf")
+    place = tl.load(order + i, mask=mask, other=0)
+    value = tl.load(values + place, mask=mask & valid, other=0.0)
+    lower = tl.load(ranks + i, mask=mask, other=0)
+    upper = tl.load(ranks + positives + i, mask=mask, other=0)
+    count = _window_mean(running, integral, lower, upper, mask, delta)
+
+    # 1. The others: less itself, for which H is 1/2 (1 under the hard step). Exactly nothing where
+    # nobody else stands at or above the window.
+    below = tl.load(ranks + 2 * positives + i, mask=mask, other=0)
+    upper = tl.load(ranks + 4 * positives + i, mask=mask, other=0)
+    itself = tl.where(delta == 0.0, 1.0, 0.5)
+    others = _window_mean(running_positive, integral_positive, below, upper, mask, delta) - itself
+    line = 3 * positives
+    total = _window_mean(
+        running_positive + line, integral_positive + line, below, upper, mask, delta
+    )
+    total -= itself * value
+    alone = below - lower == positives - 1
+    others, total = tl.where(alone, 0.0, others), tl.where(alone, 0.0, total)
+
+    # 2. NaN has no place in any order; the largest score shows whether there is one.
+    largest = tl.load(scores + positives - 1)
+    nan = tl.where(largest != largest, float("nan"), 0.0).to(tl.float64)
+    count += nan + tl.where(tl.load(unordered) != 0, float("nan"), 0.0)
+    tl.store(nfp + place, tl.where(valid, count, 0.0), mask=mask)
+    tl.store(rank_positive + place, tl.where(valid, 1.0 + others + nan, 1.0), mask=mask)
+    tl.store(value_sum + place, tl.where(valid, total + nan, 0.0), mask=mask)
+
+
+@triton.jit
+def _window_mean(running, integral, lower, upper, mask, delta):
+    """The mean between two edges, from the integral; under the hard step, the value at the edge."""
+    at_edge = tl.load(running + lower, mask=mask, other=0.0)
+    area = tl.load(integral + lower, mask=mask, other=0.0)
+    area -= tl.load(integral + upper, mask=mask, other=0.0)
+    return tl.where(delta == 0.0, at_edge, area / (2 * delta))
+
+
+def choose_tiles(logits: Sequence[Tensor], scores: Tensor) -> BreakpointTiles:
+    """The sizes for a call."""
+    return breakpoint_tiles(scores.device, scores.dtype)
+
+
+def count(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    values: Tensor,
+    delta: float,
+    ignore_index: int,
+    tiles: BreakpointTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NFP(i), rank+(i) and S(i), as `reference.breakpoints.count`; scores may hold padding.
+
+    Args:
+        logits, targets, values, delta, ignore_index: as there.
+        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+        tiles: sizes of the kernels, if not those of the device.
+
+    Returns:
+        Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
+        a NaN score everything.
+    """
+    positives = scores.numel()
+    out = tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
+    if not positives:
+        return out
+    tiles = tiles or choose_tiles(logits, scores)
+    with torch.cuda.device_of(scores):
+        edges = sort_edges(scores, delta)
+        numbers, distances, unordered = count_negatives(
+            logits, targets, edges, delta, ignore_index, tiles
+        )
+        running, integral = integrate(
+            numbers[None], distances[None], edges.high, edges.low, edges.windows, backward=True
+        )
+        grid = (triton.cdiv(positives, tiles.block),)
+        common = {
+            "order": edges.order,
+            "scores": edges.scores,
+            "ranks": edges.ranks,
+            "values": values.contiguous(),
+            "positives": positives,
+            "delta_bits": bits_of(delta),
+            "BLOCK": tiles.block,
+        }
+        jump = numbers.new_empty((2, 3 * positives))
+        high, low = numbers.new_empty((2, 3 * positives))
+        opened = edges.windows.new_empty(3 * positives)
+        _points_kernel[grid](
+            **common, windows=edges.windows, jump=jump, high=high, low=low, opened=opened
+        )
+        running_positive, integral_positive = integrate(
+            jump, None, high, low, opened, backward=True
+        )
+        _finish_kernel[grid](
+            **common,
+            unordered=unordered,
+            running=running,
+            integral=integral,
+            running_positive=running_positive,
+            integral_positive=integral_positive,
+            nfp=out[0],
+            rank_positive=out[1],
+            value_sum=out[2],
+        )
+    return out
+
+
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    delta: float,
+    ignore_index: int,
+    tiles: BreakpointTiles | None = None,
+) -> list[Tensor]:
+    """The gradient by every logit, as `reference.breakpoints.gradient`; with padding, if any.
+
+    A weight that is not finite makes the gradient of every negative NaN.
+
+    Args:
+        logits, targets, weights, own, delta, ignore_index: as there.
+        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
+        scores: (P,) finite scores of the positives, -inf for padding.
+        tiles: sizes of the kernels, if not those of the device.
+    """
+    if not scores.numel():
+        return [torch.zeros_like(level) for level in logits]
+    gradients = [torch.empty_like(level) for level in logits]
+    tiles = tiles or choose_tiles(logits, scores)
+    with torch.cuda.device_of(scores):
+        edges = sort_edges(scores, delta)
+        write_lines(logits, targets, gradients, edges, weights, delta, ignore_index, tiles)
+        write_own(gradients, index, own)
+    return gradients
