@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .kernels.costs import costs_of
 from .reference import breakpoints, layout, pairwise
 
 IMPLS = ("auto", "triton", "torch")
@@ -93,18 +94,23 @@ def load_kernels(name: str, device: torch.device) -> ModuleType:
     return importlib.import_module(f".kernels.{name}", __package__)
 
 
-def select(impl: str, algorithm: str, device: torch.device) -> ModuleType:
+def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) -> ModuleType:
     """The module whose `count` and `gradient` run; the choice is made here and nowhere else.
 
+    In torch, "auto" is breakpoints, whose cost hardly grows with the positives. The kernels have
+    both: pairwise is cheaper where there are few positives or few logits (`kernels.costs`).
+
     Raises:
-        RuntimeError: if what is asked for by name cannot run on `device`.
+        RuntimeError: if what is asked for by name cannot run on the device of the scores.
     """
-    impl, algorithm = _of_program("impl", impl), _of_program("algorithm", algorithm)
-    if choose_impl(impl, device) == "triton" and algorithm != "breakpoints":
-        return load_kernels("pairwise", device)
-    if impl == "triton":
-        raise RuntimeError("impl='triton': algorithm='breakpoints' has no Triton kernel yet")
-    return pairwise if algorithm == "pairwise" else breakpoints
+    algorithm = _of_program("algorithm", algorithm)
+    if choose_impl(impl, scores.device) == "torch":
+        return pairwise if algorithm == "pairwise" else breakpoints
+    if algorithm == "auto":
+        dtype = logits[0].dtype if logits else scores.dtype
+        number = sum(level.numel() for level in logits)
+        algorithm = costs_of(dtype).choose(scores.numel(), number)
+    return load_kernels(algorithm, scores.device)
 
 
 def _of_program(name: str, given: str) -> str:
@@ -154,7 +160,7 @@ def _count(
     impl: str,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = select(impl, algorithm, scores.device)
+    module = select(impl, algorithm, logits, scores)
     if not _is_reference(module):
         return module.count(logits, targets, scores, values, delta, ignore_index)
     valid = scores != -torch.inf
@@ -180,7 +186,7 @@ def _gradient(
     impl: str,
     algorithm: str,
 ) -> list[Tensor]:
-    module = select(impl, algorithm, scores.device)
+    module = select(impl, algorithm, logits, scores)
     if _is_reference(module):
         valid = index >= 0
         index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))

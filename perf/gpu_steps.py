@@ -30,7 +30,7 @@ from alrp_triton.boxes import KINDS
 
 from . import box_budget, parity_checks, timing
 from .budgets import IGNORE, Case, gradient_of
-from .launches import OnGrid, compiled_variants, same
+from .launches import OnGrid, compiled_variants, counting, same
 from .parity_checks import Size
 from .workloads import DISTRIBUTIONS
 
@@ -228,7 +228,7 @@ def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -
     operators = parity_checks.judge(case, kernels)
     if (case.index < 0).any():  # the losses would have to be told where the padding is
         return operators
-    losses = parity_checks.judge_losses(case, algorithm)
+    losses = parity_checks.judge_losses(case, algorithm, kernels)
     ratios = {**operators["error_over_budget"], **losses["error_over_budget"]}
     return {"ok": operators["ok"] and losses["ok"], "error_over_budget": ratios}
 
@@ -266,9 +266,8 @@ def repeatability(context: Context) -> Iterator[Task]:
                 f"{algorithm} {distribution} {dtype}",
                 partial(_repeat, drawn, algorithm, kernels, context.sizes.repeats),
             )
-        if hasattr(kernels, "_count_kernel"):
-            drawn = partial(draw, "mid", torch.float32, context.device)
-            yield Task(f"{algorithm} other grids and tiles", partial(_regrid, drawn, kernels))
+        drawn = partial(draw, "mid", torch.float32, context.device)
+        yield Task(f"{algorithm} other grids and tiles", partial(_regrid, drawn, kernels))
 
 
 def _repeat(
@@ -288,17 +287,18 @@ def _repeat(
 
 
 def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
-    """What pairwise promises: any grid, any gradient tile, and hard counts by any count tile."""
+    """What both promise: any grid, any gradient tile, and hard counts by any count tile."""
     case = draw()
     counts, gradients = kernels.count(*case.count_input), kernels.gradient(*case.gradient_input)
-    outcomes, launched = {}, kernels._count_kernel
+    module = counting(kernels)
+    outcomes, launched = {}, module._count_kernel
     for programs in (1000, 333):
-        kernels._count_kernel = OnGrid(launched, programs)
+        module._count_kernel = OnGrid(launched, programs)
         try:
             outcomes[f"{programs} programs"] = same(kernels.count(*case.count_input), counts)
         finally:
-            kernels._count_kernel = launched
-    tiles = case.tuned_tiles()
+            module._count_kernel = launched
+    tiles = kernels.choose_tiles(case.logits, case.scores)
     changed = tiles._replace(gradient_rows=tiles.gradient_rows // 2)
     outcomes["gradient tiles"] = same(kernels.gradient(*case.gradient_input, changed), gradients)
     hard = case._replace(delta=0.0)
@@ -437,7 +437,7 @@ def _vary(context: Context, kernels: ModuleType) -> dict[str, Any]:
         torch.manual_seed(anchors)  # draw_case has its own
         kernels.count(*case.count_input)
         kernels.gradient(*case.gradient_input)
-        numbers.append(compiled_variants(kernels))
+        numbers.append(compiled_variants())
     return {"ok": len(set(numbers)) == 1, "after_each": sorted(set(numbers)), "of": len(numbers)}
 
 
@@ -721,7 +721,7 @@ def _pytest(context: Context) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         return {"dropped": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    files = ("tests/test_kernels_pairwise.py", "tests/test_triton.py")
+    files = ("tests/test_kernels.py", "tests/test_breakpoints.py", "tests/test_triton.py")
     seconds = max(1.0, context.until - _ENDING - time.monotonic())
     try:
         done = subprocess.run(
@@ -740,14 +740,14 @@ def _pytest(context: Context) -> dict[str, Any]:
 # time is cut from the end, and said.
 STEPS = (
     Step("machine", about, 20),
-    Step("parity", parity, 120, required=True),
+    Step("parity", parity, 150, required=True),
     Step("edges", edges, 90, required=True),
     Step("repeatability", repeatability, 30, required=True),
     Step("synchronisations", synchronisations, 20, required=True),
     Step("graph", graph, 20, required=True),
     Step("boxes", boxes, 30),
     Step("memory", memory, 15),
-    Step("timings", timings, 45),
+    Step("timings", timings, 60),
     Step("tuning", tuning, 100),
     Step("benchmark", benchmark, 120),  # by the sizes just tuned
     Step("variants", variants, 20),

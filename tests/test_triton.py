@@ -37,11 +37,12 @@ def run(logits, targets, loc_errors, **settings):
     return cls, loc, torch.cat([leaf.grad.flatten() for leaf in leaves]), loc_leaf.grad
 
 
+@pytest.mark.parametrize("algorithm", ["pairwise", "breakpoints"])
 @pytest.mark.parametrize("delta", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_loss_and_gradients_are_the_reference(dtype, delta):
+def test_loss_and_gradients_are_the_reference(dtype, delta, algorithm):
     logits, targets, loc_errors = batch(dtype)
-    got = run(logits, targets, loc_errors, delta=delta, impl="triton")
+    got = run(logits, targets, loc_errors, delta=delta, impl="triton", algorithm=algorithm)
     expected = run(logits.double(), targets, loc_errors, delta=delta, algorithm="pairwise")
     assert got[2].dtype == dtype
     for i in (0, 1, 3):
@@ -134,15 +135,13 @@ def test_operators_and_compilation():
 
 def test_what_is_asked_for_by_name_runs_or_raises():
     logits, targets, loc_errors = batch()
-    with pytest.raises(RuntimeError, match="'breakpoints' has no Triton kernel"):
-        alrp_loss(logits, targets, loc_errors, impl="triton", algorithm="breakpoints")
     expected = ap_loss(logits, targets, impl="triton")
     try:
         set_backend(impl="triton")
         assert torch.equal(ap_loss(logits, targets), expected)
-        with pytest.raises(RuntimeError, match="'breakpoints' has no Triton kernel"):
-            ap_loss(logits, targets, algorithm="breakpoints")
-        assert ops.select("torch", "auto", logits.device) is ops.breakpoints
+        assert ops.select("torch", "auto", [logits], loc_errors) is ops.breakpoints
+        kernels = ops.select("auto", "breakpoints", [logits], loc_errors)
+        assert kernels.__name__ == "alrp_triton.kernels.breakpoints"
     finally:
         set_backend()
     code = (
@@ -161,7 +160,8 @@ def test_what_is_asked_for_by_name_runs_or_raises():
 def test_auto_chooses_triton_and_never_waits():
     """On a GPU: the whole of forward and backward without one synchronisation."""
     logits, targets, loc_errors = batch()
-    assert ops.select("auto", "auto", logits.device) is not ops.breakpoints
+    kernels = ops.select("auto", "auto", [logits], loc_errors)
+    assert kernels.__name__.startswith("alrp_triton.kernels.")
     run(logits, targets, loc_errors)  # compiles
     leaf, loc_leaf = logits.clone().requires_grad_(), loc_errors.clone().requires_grad_()
     torch.cuda.set_sync_debug_mode("error")
