@@ -19,17 +19,38 @@ windows only, so that nothing large cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .layout import LARGEST, blocks, clear_positives, finite, write_positives
+from . import layout
+from .layout import (
+    LARGEST,
+    blocks,
+    exclude_non_negatives,
+    finite,
+    write_positives,
+)
 
 # Cells of the table that tells most scores their interval without a search.
 CELLS = 1 << 16
+
+# Fewer scores than this are searched for one by one, without a table.
+FEW = 1 << 12
+
+# Share of the places from which on they are worked on where they are, not gathered.
+MOST = 0.9
+
+# A finite score below every edge.
+BELOW = -4 * LARGEST
+
+# Logits whose places are looked at before any of them is worked on.
+SURVEY = 1 << 22
+
+Place = tuple[slice | Tensor | None, ...]
 
 
 @dataclass
@@ -46,8 +67,32 @@ class Edges:
     @cached_property
     def cells(self) -> Tensor:
         """(CELLS,) int32: the interval that holds the cell, -1 where an edge falls into it."""
-        inside = _cell(self.key, self.key).bincount(minlength=CELLS)
+        inside = _cell(self.key, self.key, Scratch(self.key.device)).bincount(minlength=CELLS)
         return torch.where(inside > 0, -1, inside.cumsum(0)).to(torch.int32)
+
+
+class Scratch:
+    """Memory that the parts of a level take turns at.
+
+    What an allocator takes back and hands out again, a part at a time, the system may have to map
+    anew each time: that cost a third of the whole.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """(size,) of the buffer `name`, with whatever is in it."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return buffer[:size]
+
+    def gather(self, table: Tensor, index: Tensor) -> Tensor:
+        """table[index], in the buffer for what is gathered in the table's dtype."""
+        out = self.take(f"gathered {table.dtype}", index.numel(), table.dtype)
+        return torch.index_select(table, 0, index, out=out)
 
 
 def count(
@@ -67,16 +112,20 @@ def count(
     number = torch.zeros(size, dtype=torch.int64, device=scores.device)
     distance = torch.zeros(size, dtype=torch.float64, device=scores.device)
     unordered = torch.zeros((), dtype=torch.bool, device=scores.device)
+    scratch = Scratch(scores.device)
     for level, target in zip(logits, targets, strict=True):
-        for _, _, part, part_targets in blocks(level, target):
-            _, _, negatives = _relevant(part, part_targets, edges, ignore_index)
-            interval, offset = _look_up(negatives, edges)
+        for _, _, part in _relevant(level, target, edges, ignore_index, scratch):
+            negatives = part.view(-1)
+            interval = _look_up(negatives, edges, scratch)
             number += interval.bincount(minlength=size)
-            distance += interval.bincount(offset, minlength=size)
-            unordered |= negatives.isnan().any()
+            if delta > 0:
+                offset = _offset(negatives, interval, edges, scratch)
+                distance += interval.bincount(offset, minlength=size)
+            unordered |= negatives.amax().isnan()
     nfp = _window_mean(edges, number, distance, delta)
-    others = _sum_over_others(edges, scores, torch.ones_like(nfp), delta)
-    value_sum = _sum_over_others(edges, scores, values.double(), delta)
+    others, value_sum = _sums_over_others(
+        edges, scores, (torch.ones_like(nfp), values.double()), delta
+    )
 
     # NaN has no place in any order, so it leaves no number standing that it was compared with.
     unranked = scores.isnan().any()
@@ -101,15 +150,17 @@ def gradient(
         return gradients
     edges = _edges(scores, delta)
     value, slope = _line(edges, weights.double(), delta)
+    scratch = Scratch(scores.device)
     for level, target, out in zip(logits, targets, gradients, strict=True):
-        for rows, places, part, part_targets in blocks(level, target):
-            at, found, negatives = _relevant(part, part_targets, edges, ignore_index)
-            interval, offset = _look_up(negatives, edges)
-            total = offset.mul_(slope.index_select(0, interval))
-            total.add_(value.index_select(0, interval))
-            update = out.new_zeros(at[0].numel() * out.shape[1])
-            update[found] = total.to(out.dtype)
-            out[rows, :, places][at] = update.view(-1, out.shape[1])
+        for where, at, part in _relevant(level, target, edges, ignore_index, scratch):
+            negatives = part.view(-1)
+            interval = _look_up(negatives, edges, scratch)
+            if delta > 0:
+                total = _offset(negatives, interval, edges, scratch)
+                total.mul_(scratch.gather(slope, interval)).add_(scratch.gather(value, interval))
+            else:
+                total = scratch.gather(value, interval)
+            out[where][at] = total.to(out.dtype).view(part.shape)
     write_positives(gradients, index, own)
     return gradients
 
@@ -146,74 +197,106 @@ def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """The smallest number of `dtype` that is not below high + low."""
     key = high.to(dtype)
     short = (key.double() < high) | ((key.double() == high) & (low > 0))
-    return torch.where(short, key.nextafter(torch.full_like(key, torch.inf)), key)
+    key = torch.where(short, key.nextafter(torch.full_like(key, torch.inf)), key)
+    # Beyond all scores one number is as good as another: these leave room for `BELOW`.
+    return key.clamp(-2 * LARGEST, 2 * LARGEST)
 
 
 def _relevant(
-    part: Tensor, targets: Tensor, edges: Edges, ignore_index: int
-) -> tuple[tuple[Tensor, slice, Tensor], Tensor, Tensor]:
-    """Negatives that are not wholly below min_P(s) - delta.
+    logits: Tensor, targets: Tensor, edges: Edges, ignore_index: int, scratch: Scratch
+) -> Iterator[tuple[Place, Place, Tensor]]:
+    """Cuts a level into parts that hold all negatives not wholly below min_P(s) - delta.
 
-    Places are looked at by their highest logit first: late in training few have a relevant one.
+    Places are looked at by their highest logit first. Late in training few have a relevant one, and
+    those are picked out. Where most have, picking costs more than it saves: a part holds all logits
+    of its places, and what is no negative is put below all edges.
 
     Returns:
-        The places that have any, as an index into `part` that gives (K, C); where they stand in
-        its flattened form; their finite scores.
+        For each part where it stands, as an index into an index of the level; its finite scores, of
+        the shape that the two indices give.
     """
-    lowest = edges.key[0]
-    lowest = torch.where(lowest > -LARGEST / 2, lowest, -torch.inf)
-    part = part.to(lowest.dtype)
-    keep = (part.amax(1) < lowest).logical_not_()  # keeps NaN, here and below
-    if targets.dim() == 2:
-        keep.logical_and_(targets != ignore_index)
-    rows, places = keep.nonzero(as_tuple=True)
-    at = (rows, slice(None), places)
-    scores = part[at]
-    mask = (scores < lowest).logical_not_()
-    if targets.dim() == 3:
-        mask.logical_and_(targets[at] == 0)
-    else:
-        clear_positives(mask, targets[rows, places])
-    found = mask.reshape(-1).nonzero()[:, 0]
-    return at, found, finite(scores.reshape(-1).index_select(0, found))
+    for rows, places, block, block_targets in blocks(logits, targets, SURVEY):
+        where = rows, slice(None), places
+        keep = _not_below(finite(block.amax(1)), edges)
+        if targets.dim() == 2:
+            keep.logical_and_(block_targets != ignore_index)
+        if keep.count_nonzero() > MOST * keep.numel():
+            for row, place, part, part_targets in blocks(block, block_targets):
+                scores = scratch.take("scores", part.numel(), edges.key.dtype).view(part.shape)
+                scores.copy_(part).clamp_(-LARGEST, LARGEST)
+                exclude_non_negatives(scores, part_targets, ignore_index, fill=BELOW)
+                yield where, (row, slice(None), place), scores
+            continue
+        step = max(1, layout.CHUNK // logits.shape[1])
+        for row, place in zip(*(x.split(step) for x in keep.nonzero(as_tuple=True)), strict=True):
+            scores = finite(block[row, :, place])
+            mask = _not_below(scores, edges)
+            part_targets = block_targets[row, ..., place, None]
+            exclude_non_negatives(mask[..., None], part_targets, ignore_index)
+            found, channel = mask.nonzero(as_tuple=True)
+            if found.numel():
+                yield where, (row[found], channel, place[found]), scores[found, channel]
 
 
-def _look_up(scores: Tensor, edges: Edges) -> tuple[Tensor, Tensor]:
-    """The interval of each score, and float64 distances to `high` of its lower edge.
+def _not_below(scores: Tensor, edges: Edges) -> Tensor:
+    """Mask: at or above the lowest edge, or NaN."""
+    return (scores < edges.key[0]).logical_not_()
+
+
+def _look_up(scores: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
+    """The interval of each score, int32.
 
     Most scores fall into a cell of the line that no edge falls into, where the table knows the
     interval. A search decides the rest. Where a cell ends does not matter, since `_cell` keeps
     order: an edge in a lower cell is below the score, one in a higher cell above it.
     """
-    if scores.numel() < CELLS:
-        interval = torch.bucketize(scores, edges.key, right=True, out_int32=True)
-    else:
-        interval = edges.cells.index_select(0, _cell(scores, edges.key))
-        open_cell = (interval < 0).nonzero()[:, 0]
-        interval[open_cell] = torch.bucketize(
-            scores[open_cell], edges.key, right=True, out_int32=True
-        )
-    return interval, scores - edges.high.index_select(0, interval)
+    if scores.numel() < FEW:
+        return torch.bucketize(scores, edges.key, right=True, out_int32=True)
+    interval = scratch.gather(edges.cells, _cell(scores, edges.key, scratch))
+    open_cell = (interval < 0).nonzero()[:, 0]
+    interval[open_cell] = torch.bucketize(scores[open_cell], edges.key, right=True, out_int32=True)
+    return interval
 
 
-def _cell(scores: Tensor, key: Tensor) -> Tensor:
-    """The cell of each score, int32: `CELLS` of them cut the line between the outer edges."""
-    scale = (CELLS - 1) / (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * CELLS)
-    cell = (scores - key[0]).mul_(scale).clamp_(0, CELLS - 1)
-    return cell.nan_to_num_(0).to(torch.int32)
+def _offset(scores: Tensor, interval: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
+    """Float64 distances to `high` of the interval's lower edge."""
+    offset = scratch.take("offset", scores.numel(), torch.float64).copy_(scores)
+    return offset.sub_(scratch.gather(edges.high, interval))
 
 
-def _sum_over_others(edges: Edges, scores: Tensor, values: Tensor, delta: float) -> Tensor:
-    """(P,) sum_{k != i} values(k) H(x_ik): that over all positives, less what i sees of itself."""
+def _cell(scores: Tensor, key: Tensor, scratch: Scratch) -> Tensor:
+    """The cell of each score, int32: `CELLS` of them cut the line between the outer edges.
+
+    The first and the last hold what lies outside, where no edge is, and the last NaN.
+    """
+    width = (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * CELLS) / (CELLS - 3)
+    place = scratch.take("place", scores.numel(), key.dtype)
+    torch.sub(scores, key[0] - 1.5 * width, out=place)
+    place.mul_(1 / width).clamp_(0, CELLS - 1).nan_to_num_(CELLS - 1)
+    return scratch.take("cell", scores.numel(), torch.int32).copy_(place)
+
+
+def _sums_over_others(
+    edges: Edges, scores: Tensor, values: Sequence[Tensor], delta: float
+) -> list[Tensor]:
+    """(P,) for each of the values: sum_{k != i} values(k) H(x_ik).
+
+    It is the sum over all positives, less what i sees of itself.
+    """
     size = edges.high.numel()
-    interval, offset = _look_up(scores, edges)
-    number = interval.bincount(values, minlength=size)
-    distance = interval.bincount(values * offset, minlength=size)
-    itself = values if delta == 0 else values / 2
-    others = _window_mean(edges, number, distance, delta) - itself
+    scratch = Scratch(scores.device)
+    interval = _look_up(scores, edges, scratch)
+    offset = _offset(scores, interval, edges, scratch)
     # Where nobody else stands at or above the window, the difference must be 0, not its rounding.
     alone = _sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
-    return others.masked_fill(alone, 0)
+    sums = []
+    for x in values:
+        number = interval.bincount(x, minlength=size)
+        distance = interval.bincount(x * offset, minlength=size)
+        itself = x if delta == 0 else x / 2
+        others = _window_mean(edges, number, distance, delta) - itself
+        sums.append(others.masked_fill(alone, 0))
+    return sums
 
 
 def _window_mean(edges: Edges, number: Tensor, distance: Tensor, delta: float) -> Tensor:

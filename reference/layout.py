@@ -41,32 +41,33 @@ def _means_positive(values: Tensor, logits: Tensor, per_logit: bool, ignore_inde
     return (values >= 0) & (values < logits.shape[1]) & (values != ignore_index)
 
 
-def exclude_non_negatives(mask: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Clears, in place, `mask` (B, C, M) where the logit is positive or ignored; returns it.
+def exclude_non_negatives(
+    x: Tensor, targets: Tensor, ignore_index: int, fill: bool | float = False
+) -> Tensor:
+    """Writes `fill` into `x` (B, C, M), in place, where the logit is positive or ignored.
 
-    Positives are cleared one by one, since there are few: no comparison for every logit.
+    With class indices they are written one by one, since there are few: no comparison for every
+    logit.
     """
-    if targets.dim() == mask.dim():
-        return mask.logical_and_(targets == 0)
-    mask.logical_and_((targets != ignore_index)[:, None, :])
-    rows, places = is_positive(mask, targets, ignore_index).nonzero(as_tuple=True)
-    mask[rows, targets[rows, places].long(), places] = False
-    return mask
+    if targets.dim() == x.dim():
+        return x.masked_fill_(targets != 0, fill)
+    rows, places = (targets == ignore_index).nonzero(as_tuple=True)
+    x[rows, :, places] = fill
+    rows, places = is_positive(x, targets, ignore_index).nonzero(as_tuple=True)
+    x[rows, targets[rows, places].long(), places] = fill
+    return x
 
 
-def clear_positives(mask: Tensor, targets: Tensor) -> None:
-    """Clears, in place, `mask` (K, C) at the class indices `targets` (K,) that are positive."""
-    rows = ((targets >= 0) & (targets < mask.shape[1])).nonzero()[:, 0]
-    mask[rows, targets[rows].long()] = False
-
-
-def blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Cuts a level into views of about `CHUNK` logits: (rows, places, logits, targets)."""
+def blocks(
+    logits: Tensor, targets: Tensor, size: int | None = None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Cuts a level into views of about `size` (`CHUNK`) logits: (rows, places, logits, targets)."""
     batch, classes, places = logits.shape
     if logits.numel() == 0:
         return
-    row_step = max(1, CHUNK // (classes * places))
-    place_step = max(1, CHUNK // classes) if row_step == 1 else places
+    size = size or CHUNK
+    row_step = max(1, size // (classes * places))
+    place_step = max(1, size // classes) if row_step == 1 else places
     for row in range(0, batch, row_step):
         for place in range(0, places, place_step):
             rows, cut = slice(row, row + row_step), slice(place, place + place_step)
