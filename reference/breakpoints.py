@@ -67,32 +67,8 @@ class Edges:
     @cached_property
     def cells(self) -> Tensor:
         """(CELLS,) int32: the interval that holds the cell, -1 where an edge falls into it."""
-        inside = _cell(self.key, self.key, Scratch(self.key.device)).bincount(minlength=CELLS)
+        inside = _cell(self.key, self.key).bincount(minlength=CELLS)
         return torch.where(inside > 0, -1, inside.cumsum(0)).to(torch.int32)
-
-
-class Scratch:
-    """Memory that the parts of a level take turns at.
-
-    What an allocator takes back and hands out again, a part at a time, the system may have to map
-    anew each time: that cost a third of the whole.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """(size,) of the buffer `name`, with whatever is in it."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return buffer[:size]
-
-    def gather(self, table: Tensor, index: Tensor) -> Tensor:
-        """table[index], in the buffer for what is gathered in the table's dtype."""
-        out = self.take(f"gathered {table.dtype}", index.numel(), table.dtype)
-        return torch.index_select(table, 0, index, out=out)
 
 
 def count(
@@ -112,14 +88,13 @@ def count(
     number = torch.zeros(size, dtype=torch.int64, device=scores.device)
     distance = torch.zeros(size, dtype=torch.float64, device=scores.device)
     unordered = torch.zeros((), dtype=torch.bool, device=scores.device)
-    scratch = Scratch(scores.device)
     for level, target in zip(logits, targets, strict=True):
-        for _, _, part in _relevant(level, target, edges, ignore_index, scratch):
+        for _, _, part in _relevant(level, target, edges, ignore_index):
             negatives = part.view(-1)
-            interval = _look_up(negatives, edges, scratch)
+            interval = _look_up(negatives, edges)
             number += interval.bincount(minlength=size)
             if delta > 0:
-                offset = _offset(negatives, interval, edges, scratch)
+                offset = _offset(negatives, interval, edges)
                 distance += interval.bincount(offset, minlength=size)
             unordered |= negatives.amax().isnan()
     nfp = _window_mean(edges, number, distance, delta)
@@ -150,16 +125,14 @@ def gradient(
         return gradients
     edges = _edges(scores, delta)
     value, slope = _line(edges, weights.double(), delta)
-    scratch = Scratch(scores.device)
     for level, target, out in zip(logits, targets, gradients, strict=True):
-        for where, at, part in _relevant(level, target, edges, ignore_index, scratch):
+        for where, at, part in _relevant(level, target, edges, ignore_index):
             negatives = part.view(-1)
-            interval = _look_up(negatives, edges, scratch)
+            interval = _look_up(negatives, edges)
+            total = value.index_select(0, interval)
             if delta > 0:
-                total = _offset(negatives, interval, edges, scratch)
-                total.mul_(scratch.gather(slope, interval)).add_(scratch.gather(value, interval))
-            else:
-                total = scratch.gather(value, interval)
+                offset = _offset(negatives, interval, edges)
+                total.add_(offset.mul_(slope.index_select(0, interval)))
             out[where][at] = total.to(out.dtype).view(part.shape)
     write_positives(gradients, index, own)
     return gradients
@@ -203,7 +176,7 @@ def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _relevant(
-    logits: Tensor, targets: Tensor, edges: Edges, ignore_index: int, scratch: Scratch
+    logits: Tensor, targets: Tensor, edges: Edges, ignore_index: int
 ) -> Iterator[tuple[Place, Place, Tensor]]:
     """Cuts a level into parts that hold all negatives not wholly below min_P(s) - delta.
 
@@ -222,8 +195,7 @@ def _relevant(
             keep.logical_and_(block_targets != ignore_index)
         if keep.count_nonzero() > MOST * keep.numel():
             for row, place, part, part_targets in blocks(block, block_targets):
-                scores = scratch.take("scores", part.numel(), edges.key.dtype).view(part.shape)
-                scores.copy_(part).clamp_(-LARGEST, LARGEST)
+                scores = finite(part).contiguous()
                 exclude_non_negatives(scores, part_targets, ignore_index, fill=BELOW)
                 yield where, (row, slice(None), place), scores
             continue
@@ -243,7 +215,7 @@ def _not_below(scores: Tensor, edges: Edges) -> Tensor:
     return (scores < edges.key[0]).logical_not_()
 
 
-def _look_up(scores: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
+def _look_up(scores: Tensor, edges: Edges) -> Tensor:
     """The interval of each score, int32.
 
     Most scores fall into a cell of the line that no edge falls into, where the table knows the
@@ -252,28 +224,25 @@ def _look_up(scores: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
     """
     if scores.numel() < FEW:
         return torch.bucketize(scores, edges.key, right=True, out_int32=True)
-    interval = scratch.gather(edges.cells, _cell(scores, edges.key, scratch))
+    interval = edges.cells.index_select(0, _cell(scores, edges.key))
     open_cell = (interval < 0).nonzero()[:, 0]
     interval[open_cell] = torch.bucketize(scores[open_cell], edges.key, right=True, out_int32=True)
     return interval
 
 
-def _offset(scores: Tensor, interval: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
+def _offset(scores: Tensor, interval: Tensor, edges: Edges) -> Tensor:
     """Float64 distances to `high` of the interval's lower edge."""
-    offset = scratch.take("offset", scores.numel(), torch.float64).copy_(scores)
-    return offset.sub_(scratch.gather(edges.high, interval))
+    return scores.to(torch.float64, copy=True).sub_(edges.high.index_select(0, interval))
 
 
-def _cell(scores: Tensor, key: Tensor, scratch: Scratch) -> Tensor:
+def _cell(scores: Tensor, key: Tensor) -> Tensor:
     """The cell of each score, int32: `CELLS` of them cut the line between the outer edges.
 
     The first and the last hold what lies outside, where no edge is, and the last NaN.
     """
     width = (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * CELLS) / (CELLS - 3)
-    place = scratch.take("place", scores.numel(), key.dtype)
-    torch.sub(scores, key[0] - 1.5 * width, out=place)
-    place.mul_(1 / width).clamp_(0, CELLS - 1).nan_to_num_(CELLS - 1)
-    return scratch.take("cell", scores.numel(), torch.int32).copy_(place)
+    cell = (scores - (key[0] - 1.5 * width)).mul_(1 / width).clamp_(0, CELLS - 1)
+    return cell.nan_to_num_(CELLS - 1).to(torch.int32)
 
 
 def _sums_over_others(
@@ -284,9 +253,8 @@ def _sums_over_others(
     It is the sum over all positives, less what i sees of itself.
     """
     size = edges.high.numel()
-    scratch = Scratch(scores.device)
-    interval = _look_up(scores, edges, scratch)
-    offset = _offset(scores, interval, edges, scratch)
+    interval = _look_up(scores, edges)
+    offset = _offset(scores, interval, edges)
     # Where nobody else stands at or above the window, the difference must be 0, not its rounding.
     alone = _sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
     sums = []

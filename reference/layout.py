@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Elements that one step of a loop over the logits handles: what bounds the memory on top of them.
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 
 # What an infinite score is ranked as. The same in every dtype, and a float32 whose double is one
 # too, so that the difference of two scores cannot overflow.

@@ -156,7 +156,7 @@ def test_the_table_finds_the_intervals_that_a_search_finds(distribution, dtype, 
     far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
     looked_up = torch.cat([*near, logits.flatten().to(dtype), far])
     assert looked_up.numel() >= cells
-    got = breakpoints._look_up(looked_up, edges, breakpoints.Scratch(looked_up.device))
+    got = breakpoints._look_up(looked_up, edges)
     expected = torch.bucketize(looked_up, edges.key, right=True)
     ordered = ~looked_up.isnan()
     assert torch.equal(got[ordered].long(), expected[ordered])
