@@ -11,6 +11,8 @@ from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perf.timing import peak_memory
+
 DELTAS = (0.0, 1e-3, 0.25, 1.0, 3.0)
 
 
@@ -185,6 +187,83 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
             got = module.gradient(shape, cut, place, scores, values, -values, delta, IGNORE)[0]
             got = got.transpose(1, 2).reshape(600, 20, 1) if got.shape[0] == 1 else got
             assert relative_error(got, gradient) < 1e-11
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0])
+@pytest.mark.parametrize("per_logit", [False, True])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_parts_are_the_same_picked_or_whole(distribution, per_logit, most, monkeypatch):
+    """However a level is cut, with ignored NaN, 16-bit logits, places or classes last in memory."""
+    logits, targets = detector_batch(distribution, 600, 20, 40)
+    logits = logits.bfloat16().reshape(6, 100, 20).transpose(1, 2)  # (6, 20, 100), not contiguous
+    targets = targets.reshape(6, 100)
+    logits.masked_fill_((targets == IGNORE)[:, None], math.nan)
+    if per_logit:
+        marks = torch.where(targets == IGNORE, -1, 0)[:, None].repeat(1, 20, 1)
+        rows, places = layout.is_positive(logits, targets, IGNORE).nonzero(as_tuple=True)
+        marks[rows, targets[rows, places], places] = 1
+        targets = marks
+    index, scores = layout.locate([logits], [targets], None, 40, True, IGNORE)
+    values = torch.rand(40, dtype=torch.float64)
+    wide = [logits.double()], [targets]
+    expected = pairwise.count(*wide, scores.double(), values, 0.5, IGNORE)
+    arguments = index, scores.double(), values, -values, 0.5, IGNORE
+    gradient = pairwise.gradient(*wide, *arguments)[0]
+    monkeypatch.setattr(breakpoints, "MOST", most)
+    monkeypatch.setattr(breakpoints, "SURVEY", 2000)
+    monkeypatch.setattr(layout, "CHUNK", 500)
+    for levels, compared in ((wide[0], scores.double()), ([logits], scores)):
+        got = breakpoints.count(levels, [targets], compared, values, 0.5, IGNORE)
+        assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
+    assert relative_error(breakpoints.gradient(*wide, *arguments)[0], gradient) < 1e-11
+
+
+def test_many_positives_among_a_million_logits():
+    """P = 50 000: most cells of the table hold an edge. Every 5000th positive against pairwise."""
+    logits, targets = detector_batch("spread", 100_000, 10, 50_000)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    values = torch.rand(scores.numel(), dtype=torch.float64)
+    got = breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE)
+    sample = torch.arange(0, scores.numel(), 5000)
+    wide = [level.double() for level in levels]
+    expected = pairwise.count(
+        wide, level_targets, scores[sample].double(), values[sample], 1.0, IGNORE
+    )
+    assert relative_error(got[0][sample], expected[0]) < 1e-12
+    h = pairwise.step(scores.double() - scores[sample].double()[:, None], 1.0)
+    h[torch.arange(sample.numel()), sample] = 0
+    assert relative_error(got[1][sample], 1 + h.sum(1)) < 1e-12
+    assert relative_error(got[2][sample], h @ values) < 1e-12
+
+    weights = values / got[0]
+    gradient = breakpoints.gradient(
+        wide, level_targets, index, scores.double(), weights, -values, 1.0, IGNORE
+    )[0]
+    total = gradient.sum() + values.sum()  # of the negatives: each positive passes its value on
+    assert abs(total / values.sum() - 1) < 1e-12
+    mask = torch.ones_like(levels[0], dtype=torch.bool)
+    negative = layout.exclude_non_negatives(mask, level_targets[0], IGNORE).nonzero()
+    for place in negative[::100_003]:
+        h = pairwise.step(wide[0][tuple(place)] - scores.double(), 1.0)
+        assert relative_error(gradient[tuple(place)], (h * weights).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("distribution", ["mid", "late"])
+def test_memory_beyond_the_gradient_is_that_of_a_part(distribution):
+    """8 million logits, 32 MB: count and gradient take at most 24 MB more than the gradient."""
+    cpu = torch.device("cpu")
+    logits, targets = detector_batch(distribution, 100_000, 80, 1000)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    values = torch.rand(1000, dtype=torch.float64)
+    arguments = levels, level_targets, scores, values, 1.0, IGNORE
+    breakpoints.count(*arguments)  # what torch itself loads at its first call
+    peak = peak_memory(lambda: breakpoints.count(*arguments), cpu)
+    if peak is None:
+        pytest.skip("the system does not tell the peak")
+    assert peak < 24 << 20
+    arguments = levels, level_targets, index, scores, values, values, 1.0, IGNORE
+    peak = peak_memory(lambda: breakpoints.gradient(*arguments), cpu)
+    assert peak < levels[0].nbytes + (24 << 20)
 
 
 def test_no_negative_counts_as_exactly_nothing():
