@@ -44,8 +44,8 @@ FEW = 1 << 12
 # Logits whose places are looked at at once, before any is worked on.
 SURVEY = 1 << 21
 
-# Share of the places with a relevant logit from which on picking logits out costs more than working
-# on all of them. With one above it picking took 1.4 to 1.7 times as long; far below it, a fourth.
+# Where more than this share of the places has a relevant logit, a part is worked on whole. Picking
+# the relevant logits out took 1.4 to 1.7 times as long in mid training, and a fourth in late.
 MOST = 0.9
 
 # A finite score below every edge.
