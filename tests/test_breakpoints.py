@@ -287,11 +287,10 @@ def test_equal_to_pairwise_in_float64(
     targets[:positives] = 0
     logits = scores[:, None, None].to(DEVICE, dtype)
     case = budgets.find([logits], [targets.to(DEVICE)], delta)
-    rounding = budgets.breakpoint_rounding(case, SMALL)
     exact = case.expected_count(torch.float64)
     error = (torch.stack(kernels.count(*case.count_input, SMALL)) - exact).abs()
-    assert error.le(budgets.count_budget(case, rounding, exact)).all()
+    assert error.le(budgets.count_budget(case, SMALL, exact)).all()
     truth = case.expected_gradient(torch.float64)
     (gradient,) = kernels.gradient(*case.gradient_input, SMALL)
-    (allowed,) = budgets.gradient_budget(case, rounding, truth)
+    (allowed,) = budgets.gradient_budget(case, SMALL, truth)
     assert (gradient.double() - truth[0]).abs().le(allowed).all()
