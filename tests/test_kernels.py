@@ -141,11 +141,10 @@ def check(case: Case, tiles: Tiles | BreakpointTiles | None = None) -> None:
     assert all(tensor._version == 0 or not tensor.requires_grad for tensor in after)
 
     exact = case.expected_count(torch.float64)
-    rounding = rounding_of_tiles(case, tiles)
-    budget = count_budget(case, rounding, exact)
+    budget = count_budget(case, tiles, exact)
     assert (counts - exact).abs().le(budget).all(), ((counts - exact).abs() - budget).max()
     truth = case.expected_gradient(torch.float64)
-    allowances = gradient_budget(case, rounding, truth)
+    allowances = gradient_budget(case, tiles, truth)
     for out, level, expected, allowed in zip(
         gradients, case.logits, truth, allowances, strict=True
     ):
