@@ -75,7 +75,7 @@ def _compiled() -> dict:
             rates.look_up(table, counters, 4, what)
         for name, launch in zip(("add", "look up"), launches, strict=True):
             code = sass.compile_launch(launch, "sm_90")
-            opcodes = {opcode for _, opcode, _ in sass._parse(code.assembly)[0]}
+            opcodes = {instruction.opcode for instruction in sass._parse(code.assembly)[0]}
             figures[f"{name} {what}"] = sorted(opcodes)
             figures["spills"] += code.spills
     return figures
