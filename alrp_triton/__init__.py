@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from .boxes import localisation_errors
 from .errors import Counts, Errors
-from .functional import alrp_loss, ap_loss, error_driven_loss
-from .losses import ALRPLoss, ALRPOutput, APLoss, SelfBalance
+from .functional import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
+from .losses import (
+    ALRPLoss,
+    ALRPOutput,
+    APLoss,
+    NDCGLoss,
+    RankSortLoss,
+    RankSortOutput,
+    SelfBalance,
+)
 from .matching import Matches, match_detections
 from .ops import set_backend
 
@@ -31,6 +39,9 @@ __all__ = [
     "Counts",
     "Errors",
     "Matches",
+    "NDCGLoss",
+    "RankSortLoss",
+    "RankSortOutput",
     "SelfBalance",
     "alrp_loss",
     "ap_loss",
@@ -38,6 +49,8 @@ __all__ = [
     "localisation_errors",
     "lower_bound_scores",
     "match_detections",
+    "ndcg_loss",
+    "rank_sort_loss",
     "score_iou_correlation",
     "set_backend",
     "upper_bound_scores",

@@ -14,6 +14,9 @@ Every function takes the same `logits`, `targets` and keywords:
     ignore_index: the class index that takes an anchor out (-100).
     positives: (P,) int64 positions of the positives in the flattened targets of all levels, if
         known; saves the search. It may be padded with -1, so that P is static under torch.compile.
+    groups: integers, broadcastable to the shape of `targets`, or a list of such for the levels; a
+        positive is then ranked among the examples of its own group alone, as the image of each
+        anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.
     impl, algorithm: see `set_backend`; "auto" chooses.
 
 They return scalars, float32 (float64 for float64 logits), attached to the graph even where there is
@@ -23,6 +26,7 @@ between positives and negatives, and not the derivative of the returned number.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -30,9 +34,17 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .error_driven import Ranking, attach, mean_error, rank_positives
-from .errors import Counts, Errors, alrp_errors, ap_errors
-from .reference.layout import is_positive
+from .error_driven import (
+    Ranking,
+    attach,
+    attach_sorting,
+    mean_error,
+    rank_positives,
+    sort_positives,
+)
+from .errors import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
+from .reference.layout import gather, is_positive
+from .reference.skewed import MOST
 
 LogitsOrLevels = Tensor | Sequence[Tensor]
 
@@ -47,6 +59,7 @@ def alrp_loss(
     *,
     ignore_index: int = -100,
     positives: Tensor | None = None,
+    groups: LogitsOrLevels | None = None,
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -57,8 +70,8 @@ def alrp_loss(
         loc  = (1/|P|) sum_i (Eloc(i) + S(i)) / rank(i),   S(i) = sum_{k != i} Eloc(k) H(x_ik)
 
     Args:
-        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
-            (`help(alrp_triton.functional)`).
+        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
+            module (`help(alrp_triton.functional)`).
         loc_errors: (P,) floating, Eloc of each positive (see `localisation_errors`), in the order
             in which the positives stand in `targets` (row-major, levels in turn), or in the order
             of `positives` and padded alike. Its length tells P, so nothing waits for the device.
@@ -86,6 +99,7 @@ def alrp_loss(
         delta,
         ignore_index=ignore_index,
         positives=positives,
+        groups=groups,
         impl=impl,
         algorithm=algorithm,
         per_positive=("loc_errors", loc_errors),
@@ -105,6 +119,7 @@ def ap_loss(
     *,
     ignore_index: int = -100,
     positives: Tensor | None = None,
+    groups: LogitsOrLevels | None = None,
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
@@ -113,9 +128,9 @@ def ap_loss(
         AP = (1/|P|) sum_i NFP(i) / rank(i)
 
     Args:
-        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
-            (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the device
-            how many there are.
+        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
+            module (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the
+            device how many there are.
 
     Returns:
         The loss, a scalar in [0, 1].
@@ -139,9 +154,124 @@ def ap_loss(
         delta=delta,
         ignore_index=ignore_index,
         positives=positives,
+        groups=groups,
         impl=impl,
         algorithm=algorithm,
     )
+
+
+def ndcg_loss(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    delta: float = 1.0,
+    *,
+    ignore_index: int = -100,
+    positives: Tensor | None = None,
+    groups: LogitsOrLevels | None = None,
+    impl: str = "auto",
+    algorithm: str = "auto",
+) -> Tensor:
+    """NDCG Loss with binary relevance: one minus the normalised discounted cumulative gain.
+
+        NDCG = 1 - (1/Gmax) sum_i 1/log2(1 + rank(i)),   Gmax = sum_{r=1}^{|P|} 1/log2(1 + r)
+
+    A false positive costs more the higher it stands, as in AP Loss, but more evenly over the list.
+
+    Args:
+        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
+            module (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the
+            device how many there are. With `groups`, Gmax stays that of one list of |P|, so that
+            several well-ranked groups bring the loss below 0.
+
+    Returns:
+        The loss, a scalar; in [0, 1) without groups.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> logits = torch.tensor([[0.2, 0.8], [0.6, 0.1]], requires_grad=True)
+        >>> loss = ndcg_loss(logits, torch.tensor([0, -1]), delta=0.0)
+        >>> round(loss.item(), 6)                    # third: 1 - 1/log2(4)
+        0.5
+        >>> loss.backward()
+    """
+    return error_driven_loss(
+        logits,
+        targets,
+        ndcg_errors,
+        delta=delta,
+        ignore_index=ignore_index,
+        positives=positives,
+        groups=groups,
+        impl=impl,
+        algorithm=algorithm,
+    )
+
+
+def rank_sort_loss(
+    logits: LogitsOrLevels,
+    targets: LogitsOrLevels,
+    quality: Tensor,
+    delta: float = 0.5,
+    *,
+    ignore_index: int = -100,
+    positives: Tensor | None = None,
+    groups: LogitsOrLevels | None = None,
+    impl: str = "auto",
+    algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Rank & Sort Loss: positives above negatives, and among themselves by their quality q.
+
+        ranking = (1/|P|) sum_i NFP(i) / rank(i)                             (AP Loss)
+        sorting = (1/|P|) sum_i [mean over k of 1 - q_k]                     (its l(i))
+        l*(i)   =               mean over k with q_k >= q_i of 1 - q_k
+
+    The means are over i itself and the positives k above it, each weighted by H(x_ik). The sorting
+    error l - l* of i is spread over the positives of lower quality above it.
+
+    Args:
+        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
+            module (`help(alrp_triton.functional)`); delta is 0.5, as in the publication.
+        quality: (P,) floating, q of each positive, the IoU of its box in [0, 1]; in the order in
+            which the positives stand in `targets`, or in the order of `positives` and padded alike.
+            A positive with quality 0 stays a positive. It gets no gradient.
+
+    Returns:
+        (ranking, sorting), scalars, each with its own gradient by the logits. Train on their sum.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> logits = torch.tensor([[0.9], [0.5], [0.1]], requires_grad=True)
+        >>> targets = torch.tensor([0, 0, -1])       # two positives, above the negative
+        >>> quality = torch.tensor([0.5, 1.0])       # but the worse one stands first
+        >>> ranking, sorting = rank_sort_loss(logits, targets, quality, delta=0.0)
+        >>> ranking.item(), sorting.item()           # (0.5 + (0.5 + 0) / 2) / 2
+        (0.0, 0.375)
+        >>> (ranking + sorting).backward()
+        >>> logits.grad[:, 0].tolist()               # the first shall sink, the second rise
+        [0.125, -0.125, 0.0]
+    """
+    _check_per_positive("quality", quality)
+    ranking = _ranking(
+        logits,
+        targets,
+        delta,
+        ignore_index=ignore_index,
+        positives=positives,
+        groups=groups,
+        impl=impl,
+        algorithm=algorithm,
+        per_positive=("quality", quality),
+    )
+    quality = torch.where(ranking.valid, quality.detach().double(), 0.0)
+    counts = rank_positives(ranking, 1 - quality)
+    sorting = sort_positives(ranking, quality, counts)
+    errors = ap_errors(counts), sorting_errors(counts, sorting)
+    values = mean_error(errors[0], ranking), mean_error(errors[1], ranking)
+    return attach_sorting(values, counts, sorting, quality, errors, ranking)
 
 
 def error_driven_loss(
@@ -151,8 +281,10 @@ def error_driven_loss(
     values: Tensor | None = None,
     delta: float = 1.0,
     *,
+    skew: float = 0.0,
     ignore_index: int = -100,
     positives: Tensor | None = None,
+    groups: LogitsOrLevels | None = None,
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
@@ -162,14 +294,18 @@ def error_driven_loss(
         dL/ds_j = (1/Z) sum_i (l(i) - l*(i)) H(x_ij) / NFP(i)           for j in N
 
     Args:
-        logits, targets, delta, ignore_index, positives, impl, algorithm: see the module
-            (`help(alrp_triton.functional)`).
+        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
+            module (`help(alrp_triton.functional)`).
         errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the
             error that a perfect ranking would leave, (P,) or a number; the normaliser, a scalar.
             It runs without gradients. Entries of padding are masked out afterwards.
         values: (P,) floating, a number for each positive (an IoU, say), in the order of the
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.
+        skew: in [0, 4], the power of the margin x_ij + delta in p(j|i), which promotes harder
+            negatives (Sec. 3): p(j|i) is proportional to H(x_ij) (x_ij + delta)^skew. 0 is the
+            uniform distribution above, and the fast one: any other evaluates every pair, so that
+            algorithm="breakpoints" raises.
 
     Returns:
         The loss, a scalar; 0 if there is no positive.
@@ -195,10 +331,12 @@ def error_driven_loss(
         delta,
         ignore_index=ignore_index,
         positives=positives,
+        groups=groups,
         impl=impl,
         algorithm=algorithm,
         per_positive=("values", values),
     )
+    ranking = dataclasses.replace(ranking, skew=_check_skew(skew, algorithm))
     counts = rank_positives(ranking, values)
     with torch.no_grad():
         error, target, normaliser = errors_fn(counts)
@@ -220,6 +358,19 @@ def _one_per_positive(name: str, given: Tensor | float, counts: Counts) -> Tenso
     return torch.zeros_like(counts.nfp) + given
 
 
+def _check_skew(skew: float, algorithm: str) -> float:
+    if isinstance(skew, bool) or not isinstance(skew, (int, float)):
+        raise TypeError(f"skew: expected a number, got {type(skew).__name__}")
+    if not 0 <= skew <= MOST:
+        raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
+    if skew and ops.of_program("algorithm", algorithm) == "breakpoints":
+        raise ValueError(
+            "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
+            "'pairwise' or 'auto'"
+        )
+    return float(skew)
+
+
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:
     """loc of Eq. 11. Being linear in Eloc, it is the sum over k of Eloc(k) dloc/dEloc(k), where
 
@@ -238,6 +389,8 @@ def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tenso
         ranking.ignore_index,
         ranking.impl,
         ranking.algorithm,
+        [],
+        ranking.own_groups,
     )
     share = torch.where(ranking.valid, (per_rank + passed_down) / counts.num_positives, 0.0)
     loc = (torch.where(ranking.valid, loc_errors, 0.0).double() * share).sum()
@@ -251,6 +404,7 @@ def _ranking(
     *,
     ignore_index: int,
     positives: Tensor | None,
+    groups: LogitsOrLevels | None,
     impl: str,
     algorithm: str,
     per_positive: tuple[str, Tensor | None],
@@ -272,6 +426,7 @@ def _ranking(
         _lay_out(level, target, levels[0])
         for level, target in zip(levels, level_targets, strict=True)
     ]
+    level_groups = _lay_out_groups(groups, level_targets, levels, laid_out)
     levels = [level for level, _ in laid_out]
     level_targets = [target for _, target in laid_out]
     size, exact = _size(levels, level_targets, ignore_index, positives, per_positive)
@@ -283,8 +438,18 @@ def _ranking(
         exact,
         ignore_index,
     )
+    own_groups = gather(level_groups, levels, index) if level_groups else None
     return Ranking(
-        levels, level_targets, index, scores, float(delta), ignore_index, impl, algorithm
+        levels,
+        level_targets,
+        level_groups,
+        index,
+        scores,
+        own_groups,
+        float(delta),
+        ignore_index,
+        impl,
+        algorithm,
     )
 
 
@@ -333,6 +498,43 @@ def _lay_out(logits: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Te
     # An unsigned byte cannot be compared with ignore_index = -100.
     targets = targets.short() if targets.dtype == torch.uint8 else targets
     return logits, targets.reshape(batch, places)
+
+
+def _lay_out_groups(
+    groups: LogitsOrLevels | None,
+    targets: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    laid_out: Sequence[tuple[Tensor, Tensor]],
+) -> list[Tensor]:
+    """The groups in the shapes of the targets that were laid out: views, if the strides allow."""
+    if groups is None:
+        return []
+    level_groups = _levels("groups", groups)
+    if len(level_groups) != len(targets):
+        raise ValueError(
+            f"groups: expected one tensor for each of the {len(targets)} levels of logits, "
+            f"got {len(level_groups)}"
+        )
+    return [
+        _lay_out_group(group, target, level.device).reshape(shaped.shape)
+        for group, target, level, (_, shaped) in zip(
+            level_groups, targets, logits, laid_out, strict=True
+        )
+    ]
+
+
+def _lay_out_group(groups: Tensor, targets: Tensor, device: torch.device) -> Tensor:
+    if groups.is_floating_point() or groups.is_complex():
+        raise TypeError(f"groups: expected integers, got {groups.dtype}")
+    if groups.device != device:
+        raise ValueError(f"groups: expected on {device} like the logits, got {groups.device}")
+    try:
+        return groups.expand(targets.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"groups: expected a shape that can be broadcast to {tuple(targets.shape)}, that of "
+            f"targets, got {tuple(groups.shape)}"
+        ) from None
 
 
 def _size(

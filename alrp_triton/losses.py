@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import check_kind, localisation_errors
-from .functional import LogitsOrLevels, alrp_loss, ap_loss
+from .functional import LogitsOrLevels, alrp_loss, ap_loss, ndcg_loss, rank_sort_loss
 
 
 class ALRPOutput(NamedTuple):
@@ -19,6 +19,14 @@ class ALRPOutput(NamedTuple):
     cls: Tensor  # Eq. 11, classification part
     loc: Tensor  # Eq. 11, localisation part, unweighted
     weight: Tensor  # of loc, without gradient
+
+
+class RankSortOutput(NamedTuple):
+    """What `RankSortLoss` returns: scalars."""
+
+    loss: Tensor  # ranking + sorting, to call backward on
+    ranking: Tensor  # positives among negatives
+    sorting: Tensor  # positives among themselves
 
 
 class SelfBalance(nn.Module):
@@ -158,11 +166,12 @@ class ALRPLoss(nn.Module):
         pred_boxes: Tensor,
         target_boxes: Tensor,
         positives: Tensor | None = None,
+        groups: LogitsOrLevels | None = None,
     ) -> ALRPOutput:
         """Loss of one batch.
 
         Args:
-            logits, targets, positives: as in `alrp_loss`.
+            logits, targets, positives, groups: as in `alrp_loss`.
             pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) of the positives, in the order in
                 which they stand in `targets`.
             target_boxes: (P, 4) their ground truth.
@@ -180,6 +189,7 @@ class ALRPLoss(nn.Module):
             self.delta,
             ignore_index=self.ignore_index,
             positives=positives,
+            groups=groups,
             impl=self.impl,
             algorithm=self.algorithm,
         )
@@ -197,15 +207,8 @@ class ALRPLoss(nn.Module):
         return f"delta={self.delta}, box_loss={self.box_loss!r}, tau={self.tau}"
 
 
-class APLoss(nn.Module):
-    """AP Loss: one minus the mean precision at the positives. Arguments as in `ap_loss`.
-
-    Example:
-        >>> logits = torch.randn(100, 3, requires_grad=True)
-        >>> targets = torch.full((100,), -1)
-        >>> targets[4] = 0
-        >>> APLoss(delta=1.0)(logits, targets).backward()
-    """
+class _RankingLoss(nn.Module):
+    """The settings that the losses without boxes share."""
 
     def __init__(
         self,
@@ -217,24 +220,92 @@ class APLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.delta = delta
-        self.ignore_index = ignore_index
-        self.impl = impl
-        self.algorithm = algorithm
-
-    def forward(
-        self, logits: LogitsOrLevels, targets: LogitsOrLevels, positives: Tensor | None = None
-    ) -> Tensor:
-        """The loss of one batch, a scalar; arguments as in `ap_loss`."""
-        return ap_loss(
-            logits,
-            targets,
-            self.delta,
-            ignore_index=self.ignore_index,
-            positives=positives,
-            impl=self.impl,
-            algorithm=self.algorithm,
-        )
+        self.settings = {"ignore_index": ignore_index, "impl": impl, "algorithm": algorithm}
 
     def extra_repr(self) -> str:
         """What repr() shows."""
         return f"delta={self.delta}"
+
+
+class APLoss(_RankingLoss):
+    """AP Loss: one minus the mean precision at the positives. Arguments as in `ap_loss`.
+
+    Example:
+        >>> logits = torch.randn(100, 3, requires_grad=True)
+        >>> targets = torch.full((100,), -1)
+        >>> targets[4] = 0
+        >>> APLoss(delta=1.0)(logits, targets).backward()
+    """
+
+    def forward(
+        self,
+        logits: LogitsOrLevels,
+        targets: LogitsOrLevels,
+        positives: Tensor | None = None,
+        groups: LogitsOrLevels | None = None,
+    ) -> Tensor:
+        """The loss of one batch, a scalar; arguments as in `ap_loss`."""
+        return ap_loss(
+            logits, targets, self.delta, positives=positives, groups=groups, **self.settings
+        )
+
+
+class NDCGLoss(_RankingLoss):
+    """NDCG Loss: one minus the normalised discounted gain. Arguments as in `ndcg_loss`.
+
+    Example:
+        >>> logits = torch.randn(100, 3, requires_grad=True)
+        >>> targets = torch.full((100,), -1)
+        >>> targets[4] = 0
+        >>> NDCGLoss(delta=1.0)(logits, targets).backward()
+    """
+
+    def forward(
+        self,
+        logits: LogitsOrLevels,
+        targets: LogitsOrLevels,
+        positives: Tensor | None = None,
+        groups: LogitsOrLevels | None = None,
+    ) -> Tensor:
+        """The loss of one batch, a scalar; arguments as in `ndcg_loss`."""
+        return ndcg_loss(
+            logits, targets, self.delta, positives=positives, groups=groups, **self.settings
+        )
+
+
+class RankSortLoss(_RankingLoss):
+    """Rank & Sort Loss: positives above negatives, and sorted by quality. Arguments as in
+    `rank_sort_loss`.
+
+    Example:
+        >>> logits = torch.randn(100, 3, requires_grad=True)
+        >>> targets = torch.full((100,), -1)
+        >>> targets[4], targets[7] = 0, 2
+        >>> out = RankSortLoss()(logits, targets, quality=torch.tensor([0.6, 0.9]))
+        >>> out.loss.backward()
+    """
+
+    def __init__(
+        self,
+        delta: float = 0.5,
+        *,
+        ignore_index: int = -100,
+        impl: str = "auto",
+        algorithm: str = "auto",
+    ) -> None:
+        super().__init__(delta, ignore_index=ignore_index, impl=impl, algorithm=algorithm)
+
+    def forward(
+        self,
+        logits: LogitsOrLevels,
+        targets: LogitsOrLevels,
+        quality: Tensor,
+        positives: Tensor | None = None,
+        groups: LogitsOrLevels | None = None,
+    ) -> RankSortOutput:
+        """The loss of one batch and its parts; arguments as in `rank_sort_loss`."""
+        ranking, sorting = rank_sort_loss(
+            logits, targets, quality, self.delta,
+            positives=positives, groups=groups, **self.settings,
+        )  # fmt: skip
+        return RankSortOutput(ranking + sorting, ranking, sorting)

@@ -2,8 +2,10 @@
 
 Three operators carry every loss: `locate` the positives, `count` what each sees above itself, and
 the `gradient` by every logit. They are opaque to torch.compile, and their outputs have the sizes of
-their inputs, so nothing is ever asked of the device to know a shape. Two more, `box_errors` and
-`box_gradient`, are the Triton path of `localisation_errors`.
+their inputs, so nothing is ever asked of the device to know a shape. `sorting_count` and
+`sorting_gradient` do the same among the positives alone, `skewed_mass` and `skewed_gradient` with a
+skewed error distribution; `box_errors` and `box_gradient` are the Triton path of
+`localisation_errors`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .kernels.costs import costs_of
-from .reference import breakpoints, layout, pairwise
+from .reference import breakpoints, layout, pairwise, skewed, sorting
 
 IMPLS = ("auto", "triton", "torch")
 ALGORITHMS = ("auto", "pairwise", "breakpoints")
@@ -71,7 +73,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
     Only "auto" looks at the device. What is asked for by name stays so: `load_kernels` raises if it
     cannot run.
     """
-    impl = _of_program("impl", impl)
+    impl = of_program("impl", impl)
     if impl == "auto":
         return "triton" if _HAS_TRITON and device.type == "cuda" else "torch"
     return impl
@@ -103,7 +105,7 @@ def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) 
     Raises:
         RuntimeError: if what is asked for by name cannot run on the device of the scores.
     """
-    algorithm = _of_program("algorithm", algorithm)
+    algorithm = of_program("algorithm", algorithm)
     if choose_impl(impl, scores.device) == "torch":
         return pairwise if algorithm == "pairwise" else breakpoints
     if algorithm == "auto":
@@ -113,7 +115,8 @@ def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) 
     return load_kernels(algorithm, scores.device)
 
 
-def _of_program(name: str, given: str) -> str:
+def of_program(name: str, given: str) -> str:
+    """What was asked for, in the call or else for the whole program."""
     return _program[name] if given == "auto" else given
 
 
@@ -124,11 +127,30 @@ _library.define(
 )
 _library.define(
     "count(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor values, float delta, "
-    "int ignore_index, str impl, str algorithm) -> (Tensor, Tensor, Tensor)"
+    "int ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, Tensor weights, "
-    "Tensor own, float delta, int ignore_index, str impl, str algorithm) -> Tensor[]"
+    "Tensor own, float delta, int ignore_index, str impl, str algorithm, Tensor[] groups, "
+    "Tensor? own_groups) -> Tensor[]"
+)
+_library.define(
+    "sorting_count(Tensor scores, Tensor quality, Tensor values, float delta, str impl, "
+    "Tensor? own_groups) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "sorting_gradient(Tensor scores, Tensor quality, Tensor weights, float delta, str impl, "
+    "Tensor? own_groups) -> Tensor"
+)
+_library.define(
+    "skewed_mass(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor powers, float delta, "
+    "int ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
+)
+_library.define(
+    "skewed_gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, "
+    "Tensor weights, Tensor own, Tensor powers, float delta, int ignore_index, str impl, "
+    "Tensor[] groups, Tensor? own_groups) -> Tensor[]"
 )
 _library.define("box_errors(Tensor pred, Tensor target, str kind, float tau) -> Tensor")
 _library.define(
@@ -159,17 +181,23 @@ def _count(
     ignore_index: int,
     impl: str,
     algorithm: str,
+    groups: Sequence[Tensor],
+    own_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = select(impl, algorithm, logits, scores)
-    if not _is_reference(module):
-        return module.count(logits, targets, scores, values, delta, ignore_index)
+    count = select(impl, algorithm, logits, scores).count
+    if choose_impl(impl, scores.device) == "triton":
+        return count(
+            logits, targets, scores, values, delta, ignore_index,
+            groups=groups, own_groups=own_groups,
+        )  # fmt: skip
     valid = scores != -torch.inf
     nfp, rank_positive, value_sum = (
         torch.full_like(scores, fill, dtype=torch.float64) for fill in (0, 1, 0)
     )
-    nfp[valid], rank_positive[valid], value_sum[valid] = module.count(
-        logits, targets, scores[valid], values[valid], delta, ignore_index
-    )
+    nfp[valid], rank_positive[valid], value_sum[valid] = count(
+        logits, targets, scores[valid], values[valid], delta, ignore_index,
+        groups=groups, own_groups=_of_valid(own_groups, valid),
+    )  # fmt: skip
     return nfp, rank_positive, value_sum
 
 
@@ -185,17 +213,119 @@ def _gradient(
     ignore_index: int,
     impl: str,
     algorithm: str,
+    groups: Sequence[Tensor],
+    own_groups: Tensor | None,
 ) -> list[Tensor]:
-    module = select(impl, algorithm, logits, scores)
-    if _is_reference(module):
+    gradient = select(impl, algorithm, logits, scores).gradient
+    if choose_impl(impl, scores.device) == "torch":
         valid = index >= 0
         index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
-    return module.gradient(logits, targets, index, scores, weights, own, delta, ignore_index)
+        own_groups = _of_valid(own_groups, valid)
+    return gradient(
+        logits, targets, index, scores, weights, own, delta, ignore_index,
+        groups=groups, own_groups=own_groups,
+    )  # fmt: skip
 
 
-def _is_reference(module: ModuleType) -> bool:
-    """Whether padding has to be taken out first; kernels skip it, so the host need not know it."""
-    return module in (pairwise, breakpoints)
+@torch.library.impl(_library, "sorting_count", _implement)
+def _sorting_count(
+    scores: Tensor,
+    quality: Tensor,
+    values: Tensor,
+    delta: float,
+    impl: str,
+    own_groups: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if choose_impl(impl, scores.device) == "triton":
+        kernels = load_kernels("sorting", scores.device)
+        return kernels.count(scores, quality, values, delta, own_groups)
+    valid = scores != -torch.inf
+    worse, better, better_values = scores.new_zeros((3, scores.numel()), dtype=torch.float64)
+    worse[valid], better[valid], better_values[valid] = sorting.count(
+        scores[valid], quality[valid], values[valid], delta, _of_valid(own_groups, valid)
+    )
+    return worse, better, better_values
+
+
+@torch.library.impl(_library, "sorting_gradient", _implement)
+def _sorting_gradient(
+    scores: Tensor,
+    quality: Tensor,
+    weights: Tensor,
+    delta: float,
+    impl: str,
+    own_groups: Tensor | None,
+) -> Tensor:
+    if choose_impl(impl, scores.device) == "triton":
+        kernels = load_kernels("sorting", scores.device)
+        return kernels.gradient(scores, quality, weights, delta, own_groups)
+    valid = scores != -torch.inf
+    passed = torch.zeros_like(weights)
+    passed[valid] = sorting.gradient(
+        scores[valid], quality[valid], weights[valid], delta, _of_valid(own_groups, valid)
+    )
+    return passed
+
+
+@torch.library.impl(_library, "skewed_mass", _implement)
+def _skewed_mass(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    powers: Tensor,
+    delta: float,
+    ignore_index: int,
+    impl: str,
+    groups: Sequence[Tensor],
+    own_groups: Tensor | None,
+) -> Tensor:
+    if choose_impl(impl, scores.device) == "triton":
+        kernels = load_kernels("skewed", scores.device)
+        return kernels.mass(
+            logits, targets, scores, powers, delta, ignore_index, groups, own_groups
+        )
+    valid = scores != -torch.inf
+    mass = torch.zeros_like(powers)
+    mass[valid] = skewed.mass(
+        logits, targets, scores[valid], powers[valid], delta, ignore_index,
+        groups, _of_valid(own_groups, valid),
+    )  # fmt: skip
+    return mass
+
+
+@torch.library.impl(_library, "skewed_gradient", _implement)
+def _skewed_gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    powers: Tensor,
+    delta: float,
+    ignore_index: int,
+    impl: str,
+    groups: Sequence[Tensor],
+    own_groups: Tensor | None,
+) -> list[Tensor]:
+    module = skewed
+    if choose_impl(impl, scores.device) == "triton":
+        module = load_kernels("skewed", scores.device)
+    else:
+        valid = index >= 0
+        index, scores, weights, own, powers = (
+            x[valid] for x in (index, scores, weights, own, powers)
+        )
+        own_groups = _of_valid(own_groups, valid)
+    return module.gradient(
+        logits, targets, index, scores, weights, own, powers, delta, ignore_index,
+        groups, own_groups,
+    )  # fmt: skip
+
+
+def _of_valid(x: Tensor | None, valid: Tensor) -> Tensor | None:
+    """Without padding, which the reference knows nothing of; kernels skip it on the device."""
+    return None if x is None else x[valid]
 
 
 @torch.library.impl(_library, "box_errors", _implement)
@@ -215,12 +345,38 @@ def _(logits, targets, positives, size, exact, ignore_index):
 
 
 @torch.library.register_fake("alrp_triton::count", lib=_library)
-def _(logits, targets, scores, values, delta, ignore_index, impl, algorithm):
+def _(logits, targets, scores, values, delta, ignore_index, impl, algorithm, groups, own_groups):
     return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
 
 
 @torch.library.register_fake("alrp_triton::gradient", lib=_library)
-def _(logits, targets, index, scores, weights, own, delta, ignore_index, impl, algorithm):
+def _(
+    logits, targets, index, scores, weights, own, delta, ignore_index, impl, algorithm, groups,
+    own_groups,
+):  # fmt: skip
+    return [torch.empty_like(level) for level in logits]
+
+
+@torch.library.register_fake("alrp_triton::sorting_count", lib=_library)
+def _(scores, quality, values, delta, impl, own_groups):
+    return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
+
+
+@torch.library.register_fake("alrp_triton::sorting_gradient", lib=_library)
+def _(scores, quality, weights, delta, impl, own_groups):
+    return torch.empty_like(weights)
+
+
+@torch.library.register_fake("alrp_triton::skewed_mass", lib=_library)
+def _(logits, targets, scores, powers, delta, ignore_index, impl, groups, own_groups):
+    return torch.empty_like(powers)
+
+
+@torch.library.register_fake("alrp_triton::skewed_gradient", lib=_library)
+def _(
+    logits, targets, index, scores, weights, own, powers, delta, ignore_index, impl, groups,
+    own_groups,
+):  # fmt: skip
     return [torch.empty_like(level) for level in logits]
 
 
@@ -238,5 +394,9 @@ def _(upstream, pred, target, kind, tau):
 locate = torch.ops.alrp_triton.locate
 count = torch.ops.alrp_triton.count
 gradient = torch.ops.alrp_triton.gradient
+sorting_count = torch.ops.alrp_triton.sorting_count
+sorting_gradient = torch.ops.alrp_triton.sorting_gradient
+skewed_mass = torch.ops.alrp_triton.skewed_mass
+skewed_gradient = torch.ops.alrp_triton.skewed_gradient
 box_errors = torch.ops.alrp_triton.box_errors
 box_gradient = torch.ops.alrp_triton.box_gradient

@@ -74,6 +74,33 @@ def blocks(
             yield rows, cut, logits[rows, :, cut], targets[rows, ..., cut]
 
 
+def over_classes(x: Tensor, logits: Tensor) -> Tensor:
+    """x, in the shape of the targets, as a view in the shape of the logits (B, C, M)."""
+    return (x if x.dim() == logits.dim() else x[:, None]).expand_as(logits)
+
+
+def gather(levels: Sequence[Tensor], logits: Sequence[Tensor], index: Tensor) -> Tensor:
+    """What levels in the shape of the targets hold at positions in the flattened logits.
+
+    Args:
+        levels: int levels, (B, M) or (B, C, M).
+        logits: levels (B, C, M).
+        index: (P,) int64, -1 for padding.
+
+    Returns:
+        (P,) int64; 0 for padding.
+    """
+    found = torch.zeros_like(index)
+    first = 0
+    for level, like in zip(levels, logits, strict=True):
+        here = (index >= first) & (index < first + like.numel())
+        if like.numel():
+            at = unravel(torch.where(here, index - first, 0), like.shape)
+            found = torch.where(here, over_classes(level, like)[at].long(), found)
+        first += like.numel()
+    return found
+
+
 def locate(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],

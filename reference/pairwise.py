@@ -9,11 +9,18 @@ evaluated in the logits' dtype, or in float32 for 16-bit logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import blocks, exclude_non_negatives, finite, write_positives
+from .layout import (
+    blocks,
+    exclude_non_negatives,
+    finite,
+    over_classes,
+    write_positives,
+)
 
 # Pairs that are evaluated at once: what bounds the memory.
 PAIRS = 1 << 22
@@ -26,6 +33,13 @@ def step(x: Tensor, delta: float) -> Tensor:
     return (x / (2 * delta) + 0.5).clamp(0, 1)
 
 
+def within(h: Tensor, own_groups: Tensor | None, i: slice, groups: Tensor | None) -> Tensor:
+    """H(x_ij), positives by others, where both are of one group, else 0; a NaN stays anyway."""
+    if own_groups is None:
+        return h
+    return h.where((groups == own_groups[i, None]) | h.isnan(), 0)
+
+
 def count(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -33,6 +47,8 @@ def count(
     values: Tensor,
     delta: float,
     ignore_index: int,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a positive sees above itself: NFP(i), rank+(i) and S(i).
 
@@ -43,20 +59,22 @@ def count(
         values: (P,) any number for each positive, such as Eloc(k) of aLRP.
         delta: half-width of the step.
         ignore_index: the class index that takes an anchor out.
+        groups: integers in the shape of the targets; a positive sees its own group only.
+        own_groups: (P,) int64, the groups of the positives. None: all are one group.
 
     Returns:
         Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i}
         H(x_ik) (Eq. 3); S(i) = sum_{k != i} values(k) H(x_ik) (the sum in the numerator of Eq. 10).
     """
     nfp = scores.new_zeros(scores.shape, dtype=torch.float64)
-    for negatives in _negatives(logits, targets, ignore_index):
-        for i in _chunks(scores, negatives):
-            h = step(negatives - scores[i, None], delta)
-            nfp[i] += h.sum(1, dtype=torch.float64)
+    for part in negatives_of(logits, targets, ignore_index, groups):
+        for i in chunks(scores, part.scores):
+            h = step(part.scores - scores[i, None], delta)
+            nfp[i] += within(h, own_groups, i, part.groups).sum(1, dtype=torch.float64)
 
     rank_positive, value_sum = torch.ones_like(nfp), torch.zeros_like(nfp)
-    for i in _chunks(scores, scores):
-        h = step(scores - scores[i, None], delta).double()
+    for i in chunks(scores, scores):
+        h = within(step(scores - scores[i, None], delta).double(), own_groups, i, own_groups)
         h.diagonal(i.start).zero_()  # k != i
         rank_positive[i] += h.sum(1)
         value_sum[i] = (h * values.double()).sum(1)
@@ -72,11 +90,13 @@ def gradient(
     own: Tensor,
     delta: float,
     ignore_index: int,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
 
     Args:
-        logits, targets, scores, delta, ignore_index: as in `count`.
+        logits, targets, scores, delta, ignore_index, groups, own_groups: as in `count`.
         index: (P,) positions of the positives in the flattened logits of all levels.
         weights: (P,) float64; what positive i lays on a negative j is weights(i) H(x_ij), so
             weights(i) = D(i) / (Z NFP(i)).
@@ -87,30 +107,50 @@ def gradient(
         ignored.
     """
     gradients = [torch.zeros_like(level) for level in logits]
-    for level, target, out in zip(logits, targets, gradients, strict=True):
-        for rows, places, part, part_targets in blocks(level, target):
-            mask = torch.ones_like(part, dtype=torch.bool)
-            exclude_non_negatives(mask, part_targets, ignore_index)
-            negatives = finite(part[mask])
-            total = negatives.new_zeros(negatives.shape, dtype=torch.float64)
-            for i in _chunks(scores, negatives):
-                h = step(negatives - scores[i, None], delta)
-                total += (h * weights[i, None]).sum(0)
-            out[rows, :, places][mask] = total.to(out.dtype)
+    for part in negatives_of(logits, targets, ignore_index, groups):
+        total = part.scores.new_zeros(part.scores.shape, dtype=torch.float64)
+        for i in chunks(scores, part.scores):
+            h = within(step(part.scores - scores[i, None], delta), own_groups, i, part.groups)
+            total += (h * weights[i, None]).sum(0)
+        part.write(gradients, total)
     write_positives(gradients, index, own)
     return gradients
 
 
-def _negatives(
-    logits: Sequence[Tensor], targets: Sequence[Tensor], ignore_index: int
-) -> Iterator[Tensor]:
-    for level, target in zip(logits, targets, strict=True):
-        for _, _, part, part_targets in blocks(level, target):
+class Negatives(NamedTuple):
+    """The negatives of a part of a level, n of them."""
+
+    scores: Tensor  # (n,) finite
+    groups: Tensor | None  # (n,)
+    level: int
+    rows: slice
+    places: slice
+    mask: Tensor  # where they are in the part
+
+    def write(self, gradients: Sequence[Tensor], total: Tensor) -> None:
+        """Writes their gradient (n,) into that of their level."""
+        out = gradients[self.level]
+        out[self.rows, :, self.places][self.mask] = total.to(out.dtype)
+
+
+def negatives_of(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    ignore_index: int,
+    groups: Sequence[Tensor],
+) -> Iterator[Negatives]:
+    """The negatives of all levels, part by part."""
+    for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
+        for rows, places, part, part_targets in blocks(level, target):
             mask = torch.ones_like(part, dtype=torch.bool)
-            yield finite(part[exclude_non_negatives(mask, part_targets, ignore_index)])
+            exclude_non_negatives(mask, part_targets, ignore_index)
+            theirs = None
+            if groups:
+                theirs = over_classes(groups[number][rows, ..., places], part)[mask]
+            yield Negatives(finite(part[mask]), theirs, number, rows, places, mask)
 
 
-def _chunks(scores: Tensor, others: Tensor) -> Iterator[slice]:
+def chunks(scores: Tensor, others: Tensor) -> Iterator[slice]:
     """Cuts the positives so that no more than `PAIRS` pairs with `others` are evaluated at once."""
     size = max(1, PAIRS // max(1, others.numel()))
     for start in range(0, scores.numel(), size):

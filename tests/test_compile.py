@@ -40,8 +40,11 @@ def test_operators(delta, algorithm):
     opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE))
     opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE))
     settings = (delta, IGNORE, "auto", algorithm)
-    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings))
-    opcheck(ops.gradient.default, (levels, level_targets, index, scores, values, values, *settings))
+    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
+    opcheck(
+        ops.gradient.default,
+        (levels, level_targets, index, scores, values, values, *settings, [], None),
+    )
 
 
 def test_fake_results_have_the_strides_of_real_ones():
@@ -52,7 +55,7 @@ def test_fake_results_have_the_strides_of_real_ones():
     weights = torch.ones(60, dtype=torch.float64)
     opcheck(
         ops.gradient.default,
-        (*arguments, index, scores, weights, weights, 1.0, IGNORE, "auto", "auto"),
+        (*arguments, index, scores, weights, weights, 1.0, IGNORE, "auto", "auto", [], None),
     )
 
 

@@ -120,8 +120,11 @@ def test_operators_and_compilation():
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = loc_errors.double()
     settings = (1.0, IGNORE, "triton", "auto")
-    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings))
-    opcheck(ops.gradient.default, (levels, level_targets, index, scores, values, values, *settings))
+    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
+    opcheck(
+        ops.gradient.default,
+        (levels, level_targets, index, scores, values, values, *settings, [], None),
+    )
 
     def loss(logits, targets, loc_errors):
         cls, loc = alrp_loss(logits, targets, loc_errors, impl="triton")

@@ -139,6 +139,8 @@ def count(
     delta: float,
     ignore_index: int,
     tiles: BreakpointTiles | None = None,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """NFP(i), rank+(i) and S(i), as `reference.breakpoints.count`; scores may hold padding.
 
@@ -151,6 +153,8 @@ def count(
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
         a NaN score everything.
     """
+    if own_groups is not None:
+        raise NotImplementedError("groups")
     positives = scores.numel()
     out = tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
     if not positives:
@@ -207,6 +211,8 @@ def gradient(
     delta: float,
     ignore_index: int,
     tiles: BreakpointTiles | None = None,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient by every logit, as `reference.breakpoints.gradient`; with padding, if any.
 
@@ -218,6 +224,8 @@ def gradient(
         scores: (P,) finite scores of the positives, -inf for padding.
         tiles: sizes of the kernels, if not those of the device.
     """
+    if own_groups is not None:
+        raise NotImplementedError("groups")
     if not scores.numel():
         return [torch.zeros_like(level) for level in logits]
     gradients = [torch.empty_like(level) for level in logits]

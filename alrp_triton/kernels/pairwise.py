@@ -492,6 +492,8 @@ def count(
     delta: float,
     ignore_index: int,
     tiles: Tiles | None = None,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """NFP(i), rank+(i) and S(i), as `reference.pairwise.count`; scores may hold padding.
 
@@ -507,6 +509,8 @@ def count(
     nfp, rank_positive, value_sum = (
         torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
     )
+    if own_groups is not None:
+        raise NotImplementedError("groups")
     positives = scores.numel()
     if not positives:
         return nfp, rank_positive, value_sum
@@ -578,6 +582,8 @@ def gradient(
     delta: float,
     ignore_index: int,
     tiles: Tiles | None = None,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient by every logit, as `reference.pairwise.gradient`; positives may hold padding.
 
@@ -587,6 +593,8 @@ def gradient(
         scores: (P,) finite scores of the positives, -inf for padding.
         tiles: sizes of the kernels, if not those of the call's class on the device.
     """
+    if own_groups is not None:
+        raise NotImplementedError("groups")
     gradients = [torch.empty_like(level) for level in logits]
     with torch.cuda.device_of(scores):
         tiles = choose_tiles(logits, scores, tiles)
