@@ -240,7 +240,7 @@ def _sorting_count(
         kernels = load_kernels("sorting", scores.device)
         return kernels.count(scores, quality, values, delta, own_groups)
     valid = scores != -torch.inf
-    worse, better, better_values = scores.new_zeros((3, scores.numel()), dtype=torch.float64)
+    worse, better, better_values = (torch.zeros_like(values) for _ in range(3))
     worse[valid], better[valid], better_values[valid] = sorting.count(
         scores[valid], quality[valid], values[valid], delta, _of_valid(own_groups, valid)
     )

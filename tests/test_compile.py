@@ -9,10 +9,18 @@ import time
 
 import pytest
 import torch
-from examples import IGNORE, detector_batch, to_levels
+from examples import IGNORE, detector_batch, relative_error, to_levels
 from torch.library import opcheck
 
-from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, error_driven_loss, ops
+from alrp_triton import (
+    ALRPLoss,
+    SelfBalance,
+    alrp_loss,
+    ap_loss,
+    error_driven_loss,
+    ops,
+    rank_sort_loss,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +53,48 @@ def test_operators(delta, algorithm):
         ops.gradient.default,
         (levels, level_targets, index, scores, values, values, *settings, [], None),
     )
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_operators_of_the_family(grouped):
+    logits, targets = detector_batch("spread", 60, 4, 9)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    values = torch.rand(9, dtype=torch.float64)
+    groups = [torch.arange(60).reshape(60, 1) % 2] if grouped else []
+    own_groups = index % 2 if grouped else None
+    of_levels = ("auto", groups, own_groups)
+    opcheck(
+        ops.count.default,
+        (levels, level_targets, scores, values, 1.0, IGNORE, "auto", *of_levels),
+    )
+    opcheck(ops.sorting_count.default, (scores, values, values, 1.0, "auto", own_groups))
+    opcheck(ops.sorting_gradient.default, (scores, values, values, 1.0, "auto", own_groups))
+    opcheck(
+        ops.skewed_mass.default,
+        (levels, level_targets, scores, values, 1.0, IGNORE, *of_levels),
+    )
+    opcheck(
+        ops.skewed_gradient.default,
+        (levels, level_targets, index, scores, values, values, values, 1.0, IGNORE, *of_levels),
+    )
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compiled_rank_sort_in_groups_is_the_same(backend):
+    logits, targets = detector_batch("mid", 200, 4, 12)
+    quality, groups = torch.rand(12), torch.arange(200) % 3
+
+    def loss(logits):
+        return sum(rank_sort_loss(logits, targets, quality, groups=groups))
+
+    results = []
+    for function in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        value = function(leaf)
+        value.backward()
+        results.append((value, leaf.grad))
+    assert relative_error(results[1][0], results[0][0]) < 1e-6
+    assert torch.equal(results[1][1], results[0][1])
 
 
 def test_fake_results_have_the_strides_of_real_ones():

@@ -110,14 +110,22 @@ def levels(draw):
             target[draw_target > 0.97] = IGNORE
         logits.append(x.to(dtype))
         targets.append(target)
-    return logits, targets, draw(st.sampled_from(DELTAS)), generator
+    kind = draw(st.sampled_from(["none", "none", "image", "any"]))
+    groups = []
+    if kind == "image":
+        groups = [
+            torch.arange(len(x)).reshape(-1, *[1] * (x.dim() - 1)).expand_as(x) for x in targets
+        ]
+    elif kind == "any":
+        groups = [torch.randint(-2, 3, x.shape, generator=generator) * 2**40 for x in targets]
+    return logits, targets, groups, draw(st.sampled_from(DELTAS)), generator
 
 
 @settings(max_examples=2000, deadline=None)
 @given(levels())
 def test_breakpoints_equal_pairwise(case):
     """Entry by entry to 1e-9 relative, whatever the regime; the truth is float64 pairwise."""
-    logits, targets, delta, generator = case
+    logits, targets, groups, delta, generator = case
     upcast = [level.double() for level in logits]
     pairs = list(zip(logits, targets, strict=True))
     size = sum(int(layout.is_positive(*pair, IGNORE).sum()) for pair in pairs)
@@ -125,14 +133,15 @@ def test_breakpoints_equal_pairwise(case):
     values = torch.rand(size, dtype=torch.float64, generator=generator)
     weights = torch.rand(size, dtype=torch.float64, generator=generator)
 
-    expected = pairwise.count(upcast, targets, scores.double(), values, delta, IGNORE)
-    got = breakpoints.count(logits, targets, scores, values, delta, IGNORE)
+    grouped = (groups, layout.gather(groups, logits, index)) if groups else ()
+    expected = pairwise.count(upcast, targets, scores.double(), values, delta, IGNORE, *grouped)
+    got = breakpoints.count(logits, targets, scores, values, delta, IGNORE, *grouped)
     assert relative_error(got[0], expected[0]) < 1e-9
     assert relative_error(got[1], expected[1]) < 1e-9
     # S is a difference of what all and what oneself contributes; both sides round H near 0 alike.
     assert (got[2] - expected[2]).abs().max() < 1e-9 if size else True
 
-    arguments = (targets, index, scores, weights, -weights, delta, IGNORE)
+    arguments = (targets, index, scores, weights, -weights, delta, IGNORE, *grouped)
     expected = pairwise.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
     got = breakpoints.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
     rounded = breakpoints.gradient(logits, *arguments)
@@ -190,9 +199,10 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
 
 
 @pytest.mark.parametrize("most", [0.0, 1.0])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("per_logit", [False, True])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_parts_are_the_same_picked_or_whole(distribution, per_logit, most, monkeypatch):
+def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, most, monkeypatch):
     """However a level is cut, with ignored NaN, 16-bit logits, places or classes last in memory."""
     logits, targets = detector_batch(distribution, 600, 20, 40)
     logits = logits.bfloat16().reshape(6, 100, 20).transpose(1, 2)  # (6, 20, 100), not contiguous
@@ -206,14 +216,20 @@ def test_parts_are_the_same_picked_or_whole(distribution, per_logit, most, monke
     index, scores = layout.locate([logits], [targets], None, 40, True, IGNORE)
     values = torch.rand(40, dtype=torch.float64)
     wide = [logits.double()], [targets]
-    expected = pairwise.count(*wide, scores.double(), values, 0.5, IGNORE)
-    arguments = index, scores.double(), values, -values, 0.5, IGNORE
+    groups = ()
+    if grouped:
+        images = torch.arange(6).reshape(6, *[1] * (targets.dim() - 1)).expand_as(targets)
+        parts = [torch.where(torch.rand(targets.shape) < 0.1, -images, images)]
+        groups = parts, layout.gather(parts, [logits], index)
+    settings = 0.5, IGNORE, *groups
+    expected = pairwise.count(*wide, scores.double(), values, *settings)
+    arguments = index, scores.double(), values, -values, *settings
     gradient = pairwise.gradient(*wide, *arguments)[0]
     monkeypatch.setattr(breakpoints, "MOST", most)
     monkeypatch.setattr(breakpoints, "SURVEY", 2000)
     monkeypatch.setattr(layout, "CHUNK", 500)
     for levels, compared in ((wide[0], scores.double()), ([logits], scores)):
-        got = breakpoints.count(levels, [targets], compared, values, 0.5, IGNORE)
+        got = breakpoints.count(levels, [targets], compared, values, *settings)
         assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
     assert relative_error(breakpoints.gradient(*wide, *arguments)[0], gradient) < 1e-11
 
