@@ -83,8 +83,8 @@ class Case(NamedTuple):
 
     def negatives(self) -> Tensor:
         """The finite scores of the negatives."""
-        parts = pairwise._negatives(self.logits, self.targets, IGNORE)
-        return torch.cat([self.scores.new_empty(0), *parts])
+        parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, ())
+        return torch.cat([self.scores.new_empty(0), *(part.scores for part in parts)])
 
     def _gradient_tensors(self) -> tuple[Any, ...]:
         return self.logits, self.targets, self.index, self.scores, self.weights, self.own
