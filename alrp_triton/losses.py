@@ -220,7 +220,9 @@ class _RankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.delta = delta
-        self.settings = {"ignore_index": ignore_index, "impl": impl, "algorithm": algorithm}
+        self.ignore_index = ignore_index
+        self.impl = impl
+        self.algorithm = algorithm
 
     def extra_repr(self) -> str:
         """What repr() shows."""
@@ -246,7 +248,14 @@ class APLoss(_RankingLoss):
     ) -> Tensor:
         """The loss of one batch, a scalar; arguments as in `ap_loss`."""
         return ap_loss(
-            logits, targets, self.delta, positives=positives, groups=groups, **self.settings
+            logits,
+            targets,
+            self.delta,
+            ignore_index=self.ignore_index,
+            positives=positives,
+            groups=groups,
+            impl=self.impl,
+            algorithm=self.algorithm,
         )
 
 
@@ -269,7 +278,14 @@ class NDCGLoss(_RankingLoss):
     ) -> Tensor:
         """The loss of one batch, a scalar; arguments as in `ndcg_loss`."""
         return ndcg_loss(
-            logits, targets, self.delta, positives=positives, groups=groups, **self.settings
+            logits,
+            targets,
+            self.delta,
+            ignore_index=self.ignore_index,
+            positives=positives,
+            groups=groups,
+            impl=self.impl,
+            algorithm=self.algorithm,
         )
 
 
@@ -305,7 +321,14 @@ class RankSortLoss(_RankingLoss):
     ) -> RankSortOutput:
         """The loss of one batch and its parts; arguments as in `rank_sort_loss`."""
         ranking, sorting = rank_sort_loss(
-            logits, targets, quality, self.delta,
-            positives=positives, groups=groups, **self.settings,
-        )  # fmt: skip
+            logits,
+            targets,
+            quality,
+            self.delta,
+            ignore_index=self.ignore_index,
+            positives=positives,
+            groups=groups,
+            impl=self.impl,
+            algorithm=self.algorithm,
+        )
         return RankSortOutput(ranking + sorting, ranking, sorting)
