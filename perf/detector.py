@@ -1,4 +1,4 @@
-"""A small RetinaNet of torchvision's own classes, and the four losses it is trained with."""
+"""A small RetinaNet of torchvision's own classes, and the five losses it is trained with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -15,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
 from alrp_triton import ALRPLoss, APLoss, SelfBalance
-from alrp_triton.integrations.torchvision import use_alrp, use_ap
+from alrp_triton.integrations.torchvision import IGNORED, anchor_targets, use_alrp, use_ap
 from perf.digits import CANVAS, NUM_CLASSES
 
 _norm = partial(nn.GroupNorm, 8)  # works at any batch size and alike in training and testing
@@ -107,6 +109,32 @@ def _install_ap(model: RetinaNet) -> nn.Module:
     return criterion
 
 
+def _install_cross_entropy(model: RetinaNet) -> None:
+    model.head.classification_head.compute_loss = cross_entropy
+    _set_box_loss(model, "giou")
+
+
+def cross_entropy(
+    targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], matched_idxs: list[Tensor]
+) -> Tensor:
+    """Sigmoid cross entropy, normalised as torchvision normalises focal loss.
+
+    Stands in for `RetinaNetClassificationHead.compute_loss`. Per image the sum over all logits that
+    are not ignored, over the number of positive anchors; the mean of that over the images. Nothing
+    holds the negatives down but the head's first bias, which gives each a probability of 0.01.
+    """
+    losses = []
+    for target, logits, matches in zip(
+        targets, head_outputs["cls_logits"], matched_idxs, strict=True
+    ):
+        classes = anchor_targets([target], [matches], logits.shape[1])
+        valid = classes != IGNORED
+        marks = classes[valid, None] == torch.arange(logits.shape[1], device=logits.device)
+        total = F.binary_cross_entropy_with_logits(logits[valid], marks.to(logits), reduction="sum")
+        losses.append(total / (classes >= 0).sum().clamp(min=1))
+    return torch.stack(losses).mean()
+
+
 def _set_box_loss(model: RetinaNet, name: str) -> None:
     # The switch that torchvision's own retinanet_resnet50_fpn_v2 uses; the classification stays.
     model.head.regression_head._loss_type = name
@@ -121,4 +149,5 @@ RECIPES = {
     "focal-giou": Recipe(
         "Focal + GIoU", {"sgd": 0.06, "adamw": 0.003}, partial(_set_box_loss, name="giou")
     ),
+    "ce-giou": Recipe("CE + GIoU", {"sgd": 0.03, "adamw": 0.01}, _install_cross_entropy),
 }

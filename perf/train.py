@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-LOSSES = ("alrp", "ap", "focal-l1", "focal-giou")
+LOSSES = ("alrp", "ap", "focal-l1", "focal-giou", "ce-giou")
 DEFAULT_LOSSES = ("alrp", "ap", "focal-giou")
 
 
