@@ -25,17 +25,25 @@ class History:
 
     Attributes:
         loss: the loss that was minimised.
+        classification: the part of it that the logits are trained with.
         alrp: (iterations, 3) with cls, loc and the self-balancing weight; None for other losses.
-        ratio: gradient magnitudes of negatives over those of positives.
+        magnitudes: (iterations, 2), sum |dL/ds| over the negatives and over the positives.
         milliseconds: forward, loss, backward and optimiser.
         loss_milliseconds: the part of the loss in it, forward and backward.
     """
 
     loss: np.ndarray
+    classification: np.ndarray
     alrp: np.ndarray | None
-    ratio: np.ndarray
+    magnitudes: np.ndarray
     milliseconds: np.ndarray
     loss_milliseconds: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """Gradient magnitudes of negatives over those of positives."""
+        negatives, positives = self.magnitudes.T
+        return negatives / positives
 
 
 @dataclass
@@ -75,8 +83,9 @@ class _Recorder:
         ]
         return History(
             loss=_array(self.losses[:complete]),
+            classification=_array(self.probe.classification[:complete]),
             alrp=_array(self.alrp[:complete]) if self.alrp else None,
-            ratio=_array(self.probe.ratios[:complete]),
+            magnitudes=_array(self.probe.magnitudes[:complete]),
             milliseconds=np.array([milliseconds(start, end) for start, _, end in self.marks]),
             loss_milliseconds=np.array(loss_milliseconds),
         )

@@ -37,7 +37,8 @@ class LossProbe:
 
     Per iteration it records when the forward of the loss starts and ends, when its backward ends
     (the gradients by both outputs of the head are there: autograd runs the nodes created last
-    first, so the network's own backward comes after), and the gradient ratio.
+    first, so the network's own backward comes after), the classification loss, and the gradient
+    magnitudes of negatives and positives.
     """
 
     def __init__(self, model: RetinaNet, stopwatch: Stopwatch) -> None:
@@ -46,7 +47,8 @@ class LossProbe:
         model.head.compute_loss = self
         self.forward_marks: list[tuple] = []
         self.backward_ends: list = []
-        self.ratios: list[Tensor] = []
+        self.classification: list[Tensor] = []
+        self.magnitudes: list[Tensor] = []
         self._matching: tuple | None = None
         self._gradient: Tensor | None = None
         self._backward_end = None
@@ -55,6 +57,7 @@ class LossProbe:
         start = self.stopwatch.mark()
         losses = self.loss(targets, head_outputs, anchors, matched_idxs)
         self.forward_marks.append((start, self.stopwatch.mark()))
+        self.classification.append(losses["classification"].detach())
         self._matching = targets, matched_idxs
         head_outputs["cls_logits"].register_hook(partial(self._on_gradient, of_logits=True))
         head_outputs["bbox_regression"].register_hook(partial(self._on_gradient, of_logits=False))
@@ -66,15 +69,15 @@ class LossProbe:
             self._gradient = gradient.detach()
 
     def after_iteration(self) -> None:
-        """Takes the gradient ratio; apart from the hooks, or it would count as time of the loss."""
+        """Takes the magnitudes; apart from the hooks, or it would count as time of the loss."""
         self.backward_ends.append(self._backward_end)
         classes = anchor_targets(*self._matching, self._gradient.shape[-1])
-        self.ratios.append(gradient_ratio(self._gradient.flatten(0, 1), classes))
+        self.magnitudes.append(gradient_magnitudes(self._gradient.flatten(0, 1), classes))
         self._gradient = None  # as large as the logits
 
 
-def gradient_ratio(gradient: Tensor, classes: Tensor) -> Tensor:
-    """sum over negatives of |dL/ds| over sum over positives of |dL/ds|, a float64 scalar.
+def gradient_magnitudes(gradient: Tensor, classes: Tensor) -> Tensor:
+    """sum |dL/ds| over the negatives and over the positives, (2,) float64.
 
     Args:
         gradient: (A, C), by the logits; zero where ignored.
@@ -83,4 +86,4 @@ def gradient_ratio(gradient: Tensor, classes: Tensor) -> Tensor:
     magnitudes = gradient.abs()
     rows = torch.where(classes >= 0)[0]
     positives = magnitudes[rows, classes[rows]].sum(dtype=torch.float64)
-    return (magnitudes.sum(dtype=torch.float64) - positives) / positives
+    return torch.stack([magnitudes.sum(dtype=torch.float64) - positives, positives])

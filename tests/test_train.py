@@ -20,7 +20,7 @@ from perf import comparison, digits, loop, report
 from perf.detector import RECIPES, small_retinanet
 from perf.digits import CANVAS, DigitCanvases
 from perf.evaluate import evaluate
-from perf.probe import LossProbe, Stopwatch, gradient_ratio
+from perf.probe import LossProbe, Stopwatch, gradient_magnitudes
 from perf.train import LOSSES, main, parse_arguments
 
 CPU = torch.device("cpu")
@@ -145,10 +145,10 @@ def test_rank_correlation_of_scores_and_iou(sign):
 # Probe
 
 
-def test_gradient_ratio():
-    gradient = torch.tensor([[3.0, -1.0], [0.5, -0.5], [0.0, 0.0]])
-    classes = torch.tensor([1, -1, -100])  # the gradient of the positive is -1
-    assert gradient_ratio(gradient, classes).item() == 4.0
+def test_gradient_magnitudes():
+    gradient = torch.tensor([[3.0, -2.0], [0.5, -0.5], [0.0, 0.0]])
+    classes = torch.tensor([1, -1, -100])  # the gradient of the positive is -2
+    assert gradient_magnitudes(gradient, classes).tolist() == [4.0, 2.0]
 
 
 @pytest.mark.parametrize("loss", ["alrp", "focal-giou"])
@@ -175,13 +175,15 @@ def test_a_few_steps(loss):
     history = run.history
     assert not run.interrupted
     assert history.loss.shape == history.ratio.shape == history.milliseconds.shape == (3,)
+    assert (history.classification < history.loss).all()  # the boxes have their part
     assert np.isfinite(history.loss).all()
     assert (history.loss_milliseconds > 0).all()
     assert (history.loss_milliseconds < history.milliseconds).all()
-    balanced = loss in ("alrp", "ap")  # Theorem 2; focal loss starts out at a ratio of about 3
+    balanced = loss in ("alrp", "ap")  # Theorem 2; the others start far from 1
     assert (np.abs(history.ratio - 1) < 1e-4).all() == balanced
     if loss == "alrp":
         cls, loc, weight = history.alrp.T
+        np.testing.assert_array_equal(history.classification, cls)
         np.testing.assert_allclose(history.loss, cls + weight * loc, rtol=1e-5)
         assert weight[0] == 50
     else:
