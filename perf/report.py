@@ -41,26 +41,39 @@ def table(results: list[Result]) -> str:
     rows = [["loss", *MEASURES[:6], "neg/pos", *MEASURES[6:]]]
     for title in dict.fromkeys(result.title for result in results):
         rows.append(_row([result for result in results if result.title == title]))
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A Markdown table of cells, the first row its head, with columns as wide as their cells."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def save(results: list[Result], settings: dict, folder: Path) -> None:
     """Writes results.json (everything) and results.md (the table and how to read it)."""
-    machine = {
+    runs = [{**vars(result), "measures": _finite(result.measures)} for result in results]
+    document = {"settings": settings, "machine": machine(), "runs": runs}
+    (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "results.md").write_text(f"{table(results)}\n\n{NOTES}\n{facts(settings)}\n")
+
+
+def machine() -> dict:
+    """What ran it: versions, processor, threads, GPU."""
+    return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    runs = [{**vars(result), "measures": _finite(result.measures)} for result in results]
-    document = {"settings": settings, "machine": machine, "runs": runs}
-    (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
-    facts = ", ".join(f"{key} {value}" for key, value in {**settings, **machine}.items())
-    (folder / "results.md").write_text(f"{table(results)}\n\n{NOTES}\n{facts}\n")
+
+
+def facts(settings: dict) -> str:
+    """Settings and machine in a line."""
+    return ", ".join(f"{key} {value}" for key, value in {**settings, **machine()}.items())
 
 
 def _finite(measures: dict[str, float]) -> dict[str, float | None]:
@@ -79,7 +92,7 @@ def _row(results: list[Result]) -> list[str]:
     if stopped:
         title += f" (stopped at {stopped[0]})"
     values = [cells[name] for name in MEASURES]
-    return [title, *values[:6], f"{_significant(low)} to {_significant(high)}", *values[6:]]
+    return [title, *values[:6], f"{significant(low)} to {significant(high)}", *values[6:]]
 
 
 def _cell(name: str, values: list[float | None]) -> str:
@@ -93,5 +106,6 @@ def _cell(name: str, values: list[float | None]) -> str:
     return text + " %" * (name == "loss share")
 
 
-def _significant(ratio: float) -> str:
+def significant(ratio: float) -> str:
+    """With three decimals, or two digits where that would be none or needless many."""
     return f"{ratio:.3f}" if 0.0995 <= ratio < 100 else f"{ratio:.2g}"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="one run per loss and seed; the table shows mean and spread (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=_positive, help="iterations a run (default: 600, or 120 if --quick)"
+        "--steps", type=positive, help="iterations a run (default: 600, or 120 if --quick)"
     )
     parser.add_argument("--opt", choices=("sgd", "adamw"), default="adamw", help="(default: adamw)")
     parser.add_argument("--quick", action="store_true", help="at most a minute in all")
@@ -53,7 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
@@ -70,11 +72,18 @@ def _device(text: str) -> torch.device:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit code: 0, or 130 after Ctrl-C."""
     options = parse_arguments(arguments)
-    try:
+    with importing_the_extra():
         from perf import comparison
+    return comparison.run(options)
+
+
+@contextmanager
+def importing_the_extra() -> Iterator[None]:
+    """Exits with a hint where an import of the block fails."""
+    try:
+        yield
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         sys.exit(f'{error}\nThis command needs the extra "train": pip install -e ".[train]"')
-    return comparison.run(options)
 
 
 if __name__ == "__main__":

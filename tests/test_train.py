@@ -298,10 +298,11 @@ def test_table_of_missing_values_and_spreads():
     assert cells["neg/pos"] == "0.02 to 1.2e+02"
 
 
-def test_a_missing_extra_is_named():
+@pytest.mark.parametrize("command", ["train", "balance"])
+def test_a_missing_extra_is_named(command):
     code = (
         "import sys; sys.modules['sklearn.datasets'] = None\n"
-        "from perf.train import main; main(['--quick'])"
+        f"from perf.{command} import main; main(['--quick'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
