@@ -108,6 +108,13 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
     return finite(scores.to(dtype)), negative, places
 
 
+@triton.jit
+def read_groups(groups, strides, origin, places, WIDE: tl.constexpr):
+    """The groups of the logits at `places` of `read_logits`, int64."""
+    at = groups + origin[0] * strides[0]
+    return tl.load(at + offset_of(places, strides[0], strides[1], strides[2], WIDE)).to(tl.int64)
+
+
 @jit
 def _own_kernel(
     index,  # (P,) int64
@@ -150,8 +157,17 @@ def magic_of(divisor: int) -> int:
     return (shift << 32) + (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1)
 
 
-def lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Level:
-    """Chooses the order in which a level is read: along its fastest axis."""
+def lay_out(
+    logits: Tensor, targets: Tensor, out: Tensor | None = None, groups: Tensor | None = None
+) -> Level:
+    """Chooses the order in which a level is read: along its fastest axis.
+
+    Args:
+        logits: (B, C, M).
+        targets: (B, M) or (B, C, M).
+        out: like the logits; what is left out has no strides.
+        groups: like the targets.
+    """
     long = [axis for axis in range(3) if logits.shape[axis] > 1]
     fastest = min(long, key=logits.stride, default=2)
     axes = sorted(range(3), key=lambda axis: (axis == fastest, axis))
@@ -159,14 +175,16 @@ def lay_out(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Level
         axes = [0, 1, 2]  # axes of length 1 make no difference, and no other variant of a kernel
     if max(logits.shape[axis] for axis in axes[1:]) >= 1 << 30:  # only the outer one may be as long
         axes = sorted(range(3), key=lambda axis: -logits.shape[axis])
-    per_logit = targets.dim() == logits.dim()
-    if not per_logit:
-        targets = targets[:, None, :].expand(logits.shape)
-    tensors = {"logits": logits, "targets": targets} | ({} if out is None else {"out": out})
+    given = {"logits": logits, "targets": targets, "out": out, "groups": groups}
+    tensors = {
+        name: tensor if tensor.dim() == logits.dim() else tensor[:, None, :].expand(logits.shape)
+        for name, tensor in given.items()
+        if tensor is not None
+    }
     middle, inner = (logits.shape[axis] for axis in axes[1:])
     assert max(middle, inner) < 1 << 30, "a level's inner two axes must be shorter than 2^30"
     return Level(
-        -1 if per_logit else axes.index(1),
+        -1 if targets.dim() == logits.dim() else axes.index(1),
         {
             "size": logits.numel(),
             "middle": middle,

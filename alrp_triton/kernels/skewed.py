@@ -1,0 +1,342 @@
+"""A skewed error distribution: `reference/skewed.py` in Triton, name by name.
+
+Every pair of a positive i and a negative j is evaluated: H(x_ij) in the dtype of the scores, the
+margin m_ij = x_ij + delta and its power in float64, and so are the sums, always in the same order.
+A tile of logits whose highest is below the lowest window of a block of positives is skipped. With
+groups, a pair of two groups counts nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .levels import (
+    bits_of,
+    jit,
+    lay_out,
+    offset_of,
+    origin_of,
+    read_groups,
+    read_logits,
+    real,
+    write_own,
+)
+from .pairwise import _step as step
+
+_BLOCK = 1  # positives that meet a tile at once: with more, some compilers spill registers
+_LANES = 128  # logits of a tile
+_WARPS = 4
+_PROGRAMS = 4096  # about how many shares the work of `mass` is cut into
+
+
+@triton.jit
+def _read_positives(scores, powers, own_groups, first, positives, BLOCK: tl.constexpr):
+    """A block of positives: scores (inf for padding), powers, groups if any, the lowest score."""
+    i = first + tl.arange(0, BLOCK)
+    s = tl.load(scores + i, mask=i < positives, other=float("-inf"))
+    valid = s != float("-inf")
+    s = tl.where(valid, s, float("inf"))
+    power = tl.load(powers + i, mask=i < positives, other=0.0)
+    group = i
+    if own_groups is not None:
+        group = tl.load(own_groups + i, mask=i < positives, other=0)
+    return s, power, group, tl.min(s, 0)
+
+
+@triton.jit
+def _read_tile(
+    level, groups, local, end, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr
+):
+    """A tile of logits: -inf where no negative is; which are NaN; groups, if any; places."""
+    inside = tl.minimum(local, end - 1)
+    v, negative, places = read_logits(level, inside, dtype, CLASS_AXIS, WIDE)
+    negative = negative & (local < end)
+    nan = negative & (v != v)
+    group = inside
+    if groups is not None:
+        group = read_groups(groups[0], groups[1], level[4], places, WIDE)
+    return tl.where(negative & (v == v), v, float("-inf")), nan, group, places
+
+
+@triton.jit
+def _shares(tile, block, scale, delta, GROUPED: tl.constexpr, HARD: tl.constexpr):
+    """H(x_ij) m_ij^power(i) (BLOCK, LANES) in float64; 0 between two groups."""
+    v, group = tile
+    s, power, own_group = block
+    h = step(v[None, :], s[:, None], scale, False, HARD).to(tl.float64)
+    if GROUPED:
+        h = tl.where(group[None, :] == own_group[:, None], h, 0.0)
+    margin = (v.to(tl.float64)[None, :] - s.to(tl.float64)[:, None]) + delta
+    power = power[:, None]
+    raised = tl.exp2(power * tl.log2(tl.where(margin > 0.0, margin, 1.0)))
+    return h * tl.where(margin > 0.0, raised, tl.where(power == 0.0, 1.0, 0.0))
+
+
+@jit
+def _mass_kernel(
+    logits,  # (outer, middle, inner), one level
+    targets,  # the same shape; stride 0 along the classes if they are class indices
+    groups,  # likewise, or None
+    scores,  # (P,) finite, or NaN; -inf for padding
+    powers,  # (P,) float64
+    own_groups,  # (P,) int64, or None
+    partials,  # (splits, P) float64, is added to
+    positives,
+    splits,
+    size: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    logits_0,
+    logits_1,
+    logits_2,
+    targets_0,
+    targets_1,
+    targets_2,
+    groups_0,
+    groups_1,
+    groups_2,
+    ignore_index,
+    delta_bits: tl.int64,
+    scale_bits: tl.int64,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """mass(i) of a block of positives in a share of one level's logits."""
+    dtype: tl.constexpr = scores.dtype.element_ty
+    scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
+    first = tl.program_id(0) * BLOCK
+    s, power, own_group, lowest = _read_positives(
+        scores, powers, own_groups, first, positives, BLOCK
+    )
+
+    # 1. The share: whole tiles, as many for each.
+    most = tl.cdiv(tl.cdiv(size, LANES), splits)
+    start = tl.cast(tl.program_id(1), tl.int64) * most * LANES
+    end = tl.maximum(tl.minimum(size - start, most * LANES), 0).to(tl.int32)
+    origin = origin_of(start, middle, inner)
+    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
+    sizes = (middle, inner, middle_magic, inner_magic)
+    level = (logits, targets, strides, sizes, origin, ignore_index)
+    grouping = None
+    if groups is not None:
+        grouping = (groups, (groups_0, groups_1, groups_2))
+
+    # 2. Tile by tile. A NaN has no share, and leaves no sum standing.
+    total = tl.zeros((BLOCK,), tl.float64)
+    seen = tl.zeros((LANES,), tl.int32)
+    for t in range(tl.cdiv(end, LANES)):
+        local = t * LANES + tl.arange(0, LANES)
+        v, nan, group, _ = _read_tile(level, grouping, local, end, dtype, CLASS_AXIS, WIDE)
+        seen |= nan.to(tl.int32)
+        if tl.max(v, 0) - lowest >= -real(delta_bits, dtype):
+            block = (s, power, own_group)
+            shares = _shares((v, group), block, scale, delta, groups is not None, HARD)
+            total += tl.sum(shares, 1)
+    total = tl.where((tl.max(seen, 0) > 0) | (s != s), float("nan"), total)
+    i = first + tl.arange(0, BLOCK)
+    at = partials + tl.cast(tl.program_id(1), tl.int64) * positives + i
+    mask = i < positives
+    tl.store(at, tl.load(at, mask=mask) + total, mask=mask)
+
+
+@jit
+def _gradient_kernel(
+    logits,  # as in `_mass_kernel`, and so are all arguments of these names
+    targets,
+    groups,
+    scores,
+    powers,
+    own_groups,
+    weights,  # (P,) float64
+    out,  # like logits
+    positives,
+    size: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    logits_0,
+    logits_1,
+    logits_2,
+    targets_0,
+    targets_1,
+    targets_2,
+    groups_0,
+    groups_1,
+    groups_2,
+    out_0,
+    out_1,
+    out_2,
+    ignore_index,
+    delta_bits: tl.int64,
+    scale_bits: tl.int64,
+    CLASS_AXIS: tl.constexpr,
+    HARD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One tile of one level: sum_i weights(i) H(x_ij) m_ij^powers(i) at negatives, else 0."""
+    dtype: tl.constexpr = scores.dtype.element_ty
+    scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
+    start = tl.cast(tl.program_id(0), tl.int64) * LANES
+    origin = origin_of(start, middle, inner)
+    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
+    sizes = (middle, inner, middle_magic, inner_magic)
+    level = (logits, targets, strides, sizes, origin, ignore_index)
+    grouping = None
+    if groups is not None:
+        grouping = (groups, (groups_0, groups_1, groups_2))
+    end = tl.minimum(size - start, LANES).to(tl.int32)
+    local = tl.arange(0, LANES)
+    v, nan, group, places = _read_tile(level, grouping, local, end, dtype, CLASS_AXIS, WIDE)
+    negative = nan | (v > float("-inf"))
+    highest = tl.max(v, 0)
+
+    # 1. Block by block of positives. A weight or a score that is not finite reaches every logit.
+    total = tl.zeros((LANES,), tl.float64)
+    reached = 0
+    for first in range(0, positives, BLOCK):
+        s, power, own_group, lowest = _read_positives(
+            scores, powers, own_groups, first, positives, BLOCK
+        )
+        i = first + tl.arange(0, BLOCK)
+        w = tl.load(weights + i, mask=(i < positives) & (s != float("inf")), other=0.0)
+        w = tl.where(s == s, w, float("nan"))
+        reached |= (lowest < float("inf")).to(tl.int32) | tl.max((s != s).to(tl.int32), 0)
+        spoiled = tl.max((w - w != 0.0).to(tl.int32), 0) > 0
+        if spoiled | (highest - lowest >= -real(delta_bits, dtype)):
+            block = (s, power, own_group)
+            shares = _shares((v, group), block, scale, delta, groups is not None, HARD)
+            total += tl.sum(shares * w[:, None], 0)
+
+    # 2. Rounded once; by way of float32, as torch rounds to 16 bits.
+    total = tl.where(nan & (reached > 0), float("nan"), total)
+    total = tl.where(negative, total, 0.0)
+    at = out + origin[0] * out_0 + offset_of(places, out_0, out_1, out_2, WIDE)
+    tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=local < end)
+
+
+def _common(
+    scores: Tensor, powers: Tensor, own_groups: Tensor | None, delta: float, ignore_index: int
+) -> dict[str, Any]:
+    """Arguments that both kernels take."""
+    return {
+        "scores": scores.contiguous(),
+        "powers": powers.contiguous(),
+        "own_groups": None if own_groups is None else own_groups.contiguous(),
+        "positives": scores.numel(),
+        "ignore_index": ignore_index,
+        "delta_bits": bits_of(delta),
+        "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
+        "HARD": delta == 0,
+        "BLOCK": _BLOCK,
+        "LANES": _LANES,
+        "num_warps": _WARPS,
+    }
+
+
+def _of_level(
+    logits: Tensor, targets: Tensor, groups: Tensor | None, out: Tensor | None
+) -> dict[str, Any]:
+    """Arguments that describe a level."""
+    layout = lay_out(logits, targets, out, groups)
+    none = {} if groups is not None else dict.fromkeys(("groups_0", "groups_1", "groups_2"), 0)
+    return {
+        "logits": logits,
+        "targets": targets,
+        "groups": groups,
+        **layout.sizes,
+        **layout.strides,
+        **none,
+        "CLASS_AXIS": layout.class_axis,
+        "WIDE": layout.wide,
+    }
+
+
+def mass(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    scores: Tensor,
+    powers: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
+) -> Tensor:
+    """What the shares of a positive's negatives sum to, as `reference.skewed.mass`; with padding.
+
+    Args:
+        logits, targets, powers, delta, ignore_index, groups, own_groups: as there.
+        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+
+    Returns:
+        (P,) float64; 0 for padding. A NaN among the negatives makes all of it NaN.
+    """
+    positives = scores.numel()
+    blocks = triton.cdiv(positives, _BLOCK)
+    longest = max((level.numel() for level in logits), default=0)
+    if not positives or not longest:
+        return torch.zeros_like(powers)
+    splits = min(triton.cdiv(_PROGRAMS, blocks), triton.cdiv(longest, _LANES), 1 << 15)
+    splits = max(splits, triton.cdiv(longest, 1 << 30))  # places in a share are 32-bit
+    partials = torch.zeros((splits, positives), dtype=torch.float64, device=scores.device)
+    common = _common(scores, powers, own_groups, delta, ignore_index)
+    with torch.cuda.device_of(scores):
+        for level, target, group in zip(
+            logits, targets, groups or [None] * len(logits), strict=True
+        ):
+            if level.numel():
+                _mass_kernel[(blocks, splits)](
+                    partials=partials,
+                    splits=splits,
+                    **common,
+                    **_of_level(level, target, group, None),
+                )
+    return torch.where(scores == -torch.inf, 0.0, partials.sum(0))
+
+
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    powers: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor] = (),
+    own_groups: Tensor | None = None,
+) -> list[Tensor]:
+    """The gradient by every logit, as `reference.skewed.gradient`; positives may hold padding.
+
+    Args:
+        logits, targets, weights, own, powers, delta, ignore_index, groups, own_groups: as there.
+        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
+        scores: (P,) finite scores of the positives, -inf for padding.
+    """
+    gradients = [torch.empty_like(level) for level in logits]
+    common = _common(scores, powers, own_groups, delta, ignore_index)
+    with torch.cuda.device_of(scores):
+        for level, target, group, out in zip(
+            logits, targets, groups or [None] * len(logits), gradients, strict=True
+        ):
+            if level.numel():
+                _gradient_kernel[(triton.cdiv(level.numel(), _LANES),)](
+                    weights=weights.contiguous(),
+                    out=out,
+                    **common,
+                    **_of_level(level, target, group, out),
+                )
+        write_own(gradients, index, own)
+    return gradients
