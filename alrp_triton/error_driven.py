@@ -177,7 +177,8 @@ def _apply(
         *ranking.targets,
         *ranking.groups,
     )
-    return list(attached.unbind())
+    # One by one: what `unbind` gives may not be changed in place, as in `loss *= weight`.
+    return [attached[place] for place in range(len(values))]
 
 
 class ErrorDrivenUpdate(torch.autograd.Function):

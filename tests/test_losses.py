@@ -10,7 +10,15 @@ import pytest
 import torch
 from examples import detector_batch, relative_error
 
-from alrp_triton import ALRPLoss, APLoss, SelfBalance, alrp_loss, ap_loss, localisation_errors
+from alrp_triton import (
+    ALRPLoss,
+    APLoss,
+    SelfBalance,
+    alrp_loss,
+    ap_loss,
+    localisation_errors,
+    rank_sort_loss,
+)
 
 
 def batch(num_positives: int = 12, seed: int = 0):
@@ -36,6 +44,23 @@ def test_module_is_the_functions(box_loss, tau):
     assert (out.cls, out.loc, out.weight, out.loss) == (cls, loc, 1, cls + loc)
     assert torch.equal(logits.grad, gradients[0])
     assert torch.equal(pred_boxes.grad, gradients[1])
+
+
+def test_a_loss_may_be_changed_in_place():
+    """As detectors do that weigh their losses by `loss *= weight`."""
+    logits, targets, *_ = batch()
+    gradients = []
+    for in_place in (False, True):
+        leaf = logits.clone().requires_grad_()
+        ranking, sorting = rank_sort_loss(leaf, targets, torch.linspace(0, 1, 12))
+        if in_place:
+            ranking *= 3
+            sorting *= 5
+        else:
+            ranking, sorting = 3 * ranking, 5 * sorting
+        (ranking + sorting).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 def test_ap_module_is_the_function():
