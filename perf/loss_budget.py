@@ -8,6 +8,7 @@ positive may be off by.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 LOSSES = ("alrp", "ap")
 
 # Second order terms of errors below 1e-2, and float64 roundings on the road.
-_SECOND_ORDER, _ROAD = 1.02, 32 * torch.finfo(torch.float64).eps
+SECOND_ORDER, ROAD = 1.02, 32 * torch.finfo(torch.float64).eps
 
 
 class LossResult(NamedTuple):
@@ -77,40 +78,76 @@ def loss_budget(
     d_rank = (d_nfp + d_rank_positive) / rank  # relative
     eps = torch.finfo(case.scores.dtype).eps
 
-    # 1. D = (NFP + S) / rank for both losses, AP having no S; w = D / (Z NFP).
+    # 1. D = (NFP + S) / rank for both losses, AP having no S.
     driven = (nfp + value_sum) / rank
-    d_driven = (d_nfp + d_sum) / rank + driven * (d_rank + _ROAD)
-    seen = nfp > 4 * d_nfp
-    weights = torch.where(nfp > 0, driven / nfp, 0.0) / positives
-    d_weights = torch.where(seen, d_driven / nfp + weights * positives * d_nfp / nfp, 0.0)
-    # Where not even NFP > 0 is sure, the whole update of a positive may be there or not, and all of
-    # it on one logit.
-    unsure = torch.where((nfp <= 4 * d_nfp) & (d_nfp > 0), driven + d_driven, 0.0) / positives
+    d_driven = (d_nfp + d_sum) / rank + driven * (d_rank + ROAD)
+    by_logits = update_budget(
+        case, tiles, truth.by_logits, Uncertain(nfp, d_nfp), Uncertain(driven, d_driven), reference
+    )
 
-    # 2. The gradient by the logits.
-    given = case._replace(weights=weights, own=-driven / positives)
-    passed = case._replace(
-        weights=_SECOND_ORDER * d_weights / positives,
-        own=_SECOND_ORDER * d_driven / positives + unsure,
-    ).expected_gradient(torch.float64, reference)
-    by_logits = []
-    budgets = gradient_budget(given, tiles, truth.by_logits)
-    for level, budget, more in zip(case.logits, budgets, passed, strict=True):
-        finite = layout.finite(level).reshape(-1)
-        whole = sum_within(case.scores, 2 * unsure, finite, torch.inf, reach_of(case))
-        more = more.abs() + whole.reshape(level.shape)
-        by_logits.append(budget + more * (1 + torch.finfo(level.dtype).eps))
-
-    # 3. The values. A loss is rounded to the dtype of the scores at the end.
+    # 2. The values. A loss is rounded to the dtype of the scores at the end.
     d_values = [((d_nfp + d_rank_positive) / rank).sum() / positives]
     by_loc_errors = torch.empty_like(truth.by_loc_errors)
     if loss == "alrp":
         error = (case.values + value_sum) / rank
         d_values.append((d_sum / rank + error * d_rank).sum() / positives)
         by_loc_errors = _by_loc_errors(case, tiles, rank, d_rank, reference)
-        by_loc_errors += (eps + _ROAD) * truth.by_loc_errors.abs()
-    values = _SECOND_ORDER * torch.stack(d_values) + (eps + _ROAD) * truth.values.abs()
+        by_loc_errors += (eps + ROAD) * truth.by_loc_errors.abs()
+    values = SECOND_ORDER * torch.stack(d_values) + (eps + ROAD) * truth.values.abs()
     return LossResult(values, by_logits, by_loc_errors)
+
+
+class Uncertain(NamedTuple):
+    """A number for each positive, and how far it may be off; (P,) both."""
+
+    exact: Tensor
+    off: Tensor
+
+    def unsure(self, least: float = 0.0) -> Tensor:
+        """Where it is not sure that the number exceeds `least`, 0 or a little more."""
+        return (self.exact <= 4 * self.off + least) & (self.off > 0)
+
+    def per(self, above: Uncertain) -> Uncertain:
+        """Divided by what stands above a positive; 0 where nothing does, or it is not sure."""
+        seen, exact = above.exact > 4 * above.off, self.exact / above.exact
+        off = (self.off + exact * above.off) / above.exact
+        return Uncertain(torch.where(above.exact > 0, exact, 0.0), torch.where(seen, off, 0.0))
+
+
+def update_budget(
+    case: Case,
+    tiles: Tiles | BreakpointTiles,
+    truth: Sequence[Tensor],
+    nfp: Uncertain,
+    driven: Uncertain,
+    reference: ModuleType,
+    least: float = 0.0,
+) -> list[Tensor]:
+    """Of the gradient by the logits, `truth`: -D / |P| at positives, D / (|P| NFP) H at negatives.
+
+    Args:
+        case, tiles, truth, reference: as in `loss_budget`.
+        nfp, driven: NFP(i) and D(i).
+        least: where NFP(i) is no larger, nothing is updated.
+    """
+    positives = max(1, nfp.exact.numel())
+    weights, d_weights = driven.per(nfp)
+    # Where not even NFP > least is sure, the whole update of a positive may be there or not, and
+    # all of it on one logit.
+    unsure = torch.where(nfp.unsure(least), driven.exact + driven.off, 0.0) / positives
+    given = case._replace(weights=weights / positives, own=-driven.exact / positives)
+    passed = case._replace(
+        weights=SECOND_ORDER * d_weights / positives,
+        own=SECOND_ORDER * driven.off / positives + unsure,
+    ).expected_gradient(torch.float64, reference)
+    by_logits = []
+    budgets = gradient_budget(given, tiles, truth)
+    for level, budget, more in zip(case.logits, budgets, passed, strict=True):
+        finite = layout.finite(level).reshape(-1)
+        whole = sum_within(case.scores, 2 * unsure, finite, torch.inf, reach_of(case))
+        more = more.abs() + whole.reshape(level.shape)
+        by_logits.append(budget + more * (1 + torch.finfo(level.dtype).eps))
+    return by_logits
 
 
 def _by_loc_errors(
@@ -123,6 +160,6 @@ def _by_loc_errors(
     turned = case._replace(logits=[], targets=[], scores=-case.scores, values=1 / rank)
     exact = turned.expected_count(torch.float64, reference)
     off = count_budget(turned, tiles, exact)[2]
-    d_values = _SECOND_ORDER * d_rank / rank
+    d_values = SECOND_ORDER * d_rank / rank
     passed = turned._replace(values=d_values).expected_count(torch.float64, reference)[2]
     return (off + passed + d_values) / max(1, rank.numel())
