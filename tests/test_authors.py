@@ -456,6 +456,20 @@ def test_what_differs_from_the_functions():
     assert relative_error(hard, rank_sort_loss(logits, marks, quality, 0.0)[0]) < 1e-12
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_rank_sort_of_equal_iou_is_ap_with_the_self_term(delta):
+    """What the published bucketed AP approximates: nothing to sort, and no interpolation."""
+    logits, targets = (x.double() for x in draw(20))
+    marks, leaf = marks_of("ap", targets), leaf_of(logits)
+    ranking, sorting = RankSort.apply(leaf, marks, delta)
+    h = Plain(logits, marks, delta, 0.0).step(logits - logits[marks == 1][:, None])
+    false, among = h[:, marks == 0].sum(1), h[:, marks == 1].sum(1)
+    assert relative_error(ranking, (false / (false + among)).mean()) < 1e-12
+    assert sorting == 0
+    ranking.backward()
+    assert relative_error(leaf.grad[marks == 1], -false / (false + among) / 20) < 1e-12
+
+
 def test_a_positive_with_iou_0_is_background():
     logits, targets = draw(20)
     positives = (targets > 0).nonzero()[:, 0]

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from alrp_triton.integrations import authors
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,6 +26,30 @@ def test_examples_in_the_readme_run():
     assert namespace["pred_boxes"].grad.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_lines_for_heads_of_the_authors_run():
+    """Those of the table, and the Python blocks in turn, on a class as theirs are."""
+
+    class BucketedRankSort(torch.autograd.Function):
+        """Stands for a registered class, of which a head has an instance."""
+
+    page = (ROOT / "alrp_triton" / "integrations" / "README.md").read_text()
+    lines = re.findall(r"\| `(from .* import .*)` \|", page)
+    assert {name for line in lines for name in line.split("import ")[1].split(", ")} == set(
+        authors.__all__
+    )
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    namespace: dict = {"BucketedRankSort": BucketedRankSort}
+    for block in [*lines, *blocks]:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["flat_preds"].grad.abs().sum() > 0
+    assert namespace["loss_bbox"].grad.abs().sum() > 0
+    logits, targets = torch.randn(9), torch.tensor([0.7, 0, 0, 0.4, 0, 0, 0, -1, 0])
+    got = BucketedRankSort().apply(logits, targets, 0.5)
+    assert got == authors.RankSort.apply(logits, targets, 0.5)
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     commands = re.findall(r"^    (pip install -e .*)$", README, flags=re.MULTILINE)
     assert [command.split("&& ")[1] for command in commands] == [
@@ -33,7 +60,14 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "perf/README.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "perf/README.md",
+        "alrp_triton/integrations/README.md",
+    ],
 )
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
@@ -42,5 +76,7 @@ def test_files_that_documents_name_exist(document):
     modules = [
         f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (perf\.\w+)", text)
     ]
-    for path in [*linked, *named, *modules]:
+    for path in [*named, *modules]:
         assert (ROOT / path).exists(), path
+    for path in linked:
+        assert (ROOT / document).parent.joinpath(path).exists(), path
