@@ -38,6 +38,19 @@ class Case(NamedTuple):
     weights: Tensor
     own: Tensor
     delta: float
+    groups: Sequence[Tensor] = ()  # integers in the shapes of the targets; empty without groups
+    own_groups: Tensor | None = None  # (P,) int64
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        parts = [[part] if isinstance(part, Tensor) else part for part in self]
+        return [x for part in parts if isinstance(part, (list, tuple)) for x in part]
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """The keywords of both."""
+        return {"groups": self.groups, "own_groups": self.own_groups}
 
     @property
     def count_input(self) -> tuple[Any, ...]:
@@ -58,8 +71,9 @@ class Case(NamedTuple):
         counts[1] = 1
         case = self.to(dtype)
         vectors = case.scores[valid], self.values[valid]
+        settings = self.delta, IGNORE, *self._grouping_of(valid)
         counts[:, valid] = torch.stack(
-            reference.count(case.logits, self.targets, *vectors, self.delta, IGNORE)
+            reference.count(case.logits, self.targets, *vectors, *settings)
         )
         return counts
 
@@ -70,7 +84,8 @@ class Case(NamedTuple):
         valid = self.index >= 0
         levels, targets, *vectors = self.to(dtype)._gradient_tensors()
         vectors = [vector[valid] for vector in vectors]
-        return reference.gradient(levels, targets, *vectors, self.delta, IGNORE)
+        settings = self.delta, IGNORE, *self._grouping_of(valid)
+        return reference.gradient(levels, targets, *vectors, *settings)
 
     def to(self, dtype: torch.dtype | None) -> Case:
         """With finite logits and scores of another dtype."""
@@ -85,6 +100,17 @@ class Case(NamedTuple):
         """The finite scores of the negatives."""
         parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, ())
         return torch.cat([self.scores.new_empty(0), *(part.scores for part in parts)])
+
+    def groups_of_negatives(self) -> Tensor | None:
+        """In the same order."""
+        if self.own_groups is None:
+            return None
+        parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, self.groups)
+        return torch.cat([self.own_groups.new_empty(0), *(part.groups.long() for part in parts)])
+
+    def _grouping_of(self, valid: Tensor) -> tuple[Any, ...]:
+        """Without padding."""
+        return self.groups, None if self.own_groups is None else self.own_groups[valid]
 
     def _gradient_tensors(self) -> tuple[Any, ...]:
         return self.logits, self.targets, self.index, self.scores, self.weights, self.own
@@ -119,6 +145,13 @@ def find(
         spread(-draw[2], 0.0),
         delta,
     )
+
+
+def group(case: Case, groups: Sequence[Tensor]) -> Case:
+    """The case with groups, in the shapes of the targets."""
+    groups = [level.to(case.scores.device) for level in groups]
+    own_groups = layout.gather(groups, case.logits, case.index)
+    return case._replace(groups=groups, own_groups=own_groups)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -196,6 +229,7 @@ def count_terms(case: Case) -> CountTerms:
     """The costly part of a budget, which a tuner needs once for all candidates."""
     valid = case.scores != -torch.inf
     scores, values, negatives = case.scores[valid], case.values[valid], case.negatives()
+    own_groups, groups_of_negatives = case._grouping_of(valid)[1], case.groups_of_negatives()
     reach = reach_of(case)
     on_slope = case.values.new_zeros(3, valid.numel())
     for row, points, weights in (
@@ -203,7 +237,10 @@ def count_terms(case: Case) -> CountTerms:
         (1, scores, torch.ones_like(values)),
         (2, scores, values),
     ):
-        on_slope[row, valid] = sum_within(points, weights, scores, reach, reach)
+        theirs = groups_of_negatives if row == 0 else own_groups
+        on_slope[row, valid] = _sum_within_groups(
+            (points, weights, theirs), (scores, own_groups), reach
+        )
     of_negatives, of_positives = torch_error(case, negatives), torch_error(case, scores)
     errors = on_slope.new_tensor([[of_negatives], [of_positives], [of_positives]])
     return CountTerms(on_slope, errors)
@@ -236,11 +273,15 @@ def gradient_terms(case: Case) -> list[GradientTerms]:
     """Of each level."""
     valid = case.scores != -torch.inf
     scores, weights, reach = case.scores[valid], case.weights[valid], reach_of(case)
+    own_groups = case._grouping_of(valid)[1]
     terms = []
-    for level in case.logits:
+    for number, level in enumerate(case.logits):
         finite = layout.finite(level).reshape(-1)
-        on_slope = sum_within(scores, weights, finite, reach, reach).reshape(level.shape)
-        terms.append(GradientTerms(on_slope, torch_error(case, finite)))
+        groups = None
+        if own_groups is not None:
+            groups = layout.over_classes(case.groups[number], level).reshape(-1)
+        on_slope = _sum_within_groups((scores, weights, own_groups), (finite, groups), reach)
+        terms.append(GradientTerms(on_slope.reshape(level.shape), torch_error(case, finite)))
     return terms
 
 
@@ -303,6 +344,22 @@ def _thin(vector: Tensor, most: int) -> Tensor:
 def reach_of(case: Case) -> float:
     """How far from a positive a score is on its slope, where H is rounded; or just beside it."""
     return case.delta * (1 + epsilon(case))
+
+
+def _sum_within_groups(
+    points: tuple[Tensor, Tensor, Tensor | None],
+    queries: tuple[Tensor, Tensor | None],
+    reach: float,
+) -> Tensor:
+    """`sum_within` reach of each query, (places, groups), among the points of its own group."""
+    places, weights, groups = points
+    if groups is None or queries[1] is None:
+        return sum_within(places, weights, queries[0], reach, reach)
+    sums = torch.zeros(queries[0].shape, dtype=torch.float64, device=places.device)
+    for name in groups.unique():
+        theirs, mine = groups == name, queries[1] == name
+        sums[mine] = sum_within(places[theirs], weights[theirs], queries[0][mine], reach, reach)
+    return sums
 
 
 def sum_within(

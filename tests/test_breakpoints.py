@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("alrp_triton.kernels.breakpoints")
 edges_module = importlib.import_module("alrp_triton.kernels.edges")
+groups = importlib.import_module("alrp_triton.kernels.groups")
 intervals = importlib.import_module("alrp_triton.kernels.intervals")
 memory = importlib.import_module("alrp_triton.kernels.memory")
 scan = importlib.import_module("alrp_triton.kernels.scan")
@@ -36,12 +37,16 @@ SMALL = BreakpointTiles(
 
 
 @triton.jit
-def _find_kernel(scores, found, keys, table, halvings, limits, BLOCK: tl.constexpr):
+def _find_kernel(
+    scores, lines, found, keys, table, known, limits, ends, cells, BLOCK: tl.constexpr
+):
     i = tl.arange(0, BLOCK)
     s = tl.load(scores + i)
-    limits = edges_module.read_limits(limits)
+    line = tl.load(lines + i)
+    limits = edges_module.read_limits(limits, line)
     inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-    number = edges_module.find(inner, keys, table, tl.load(halvings), limits)
+    look_up = (keys, table, tl.load(known + edges_module.HALVINGS), ends, cells)
+    number = edges_module.find(inner, line, limits, look_up)
     tl.store(found + i, tl.where(s >= limits[0], number, 0))
 
 
@@ -76,9 +81,41 @@ def test_edges_are_those_of_the_reference(dtype: torch.dtype, delta: float, kind
         others[:positives] = edges.keys[:positives][:256]
         others[-2:] = torch.tensor([-torch.inf, torch.inf])
         found = torch.empty(256, dtype=torch.int32, device=DEVICE)
-        _find_kernel[(1,)](others, found, **edges.look_up, BLOCK=256)
+        _find_kernel[(1,)](others, torch.zeros_like(found), found, **edges.look_up, BLOCK=256)
         at = torch.bucketize(layout.finite(others), expected.key, right=True, out_int32=True)
         assert torch.equal(found, at)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
+def test_edges_of_groups_are_those_of_each_alone(delta: float) -> None:
+    """Line by line, with padding in one of them; and what is found on a line, others or not."""
+    scores, own = 2 * torch.randn(90, device=DEVICE), torch.randint(0, 7, (90,), device=DEVICE)
+    scores[:3], own[:3] = -torch.inf, 5
+    lines = groups.lines_of([torch.arange(9, device=DEVICE)[:, None] - 1], own)
+    edges = edges_module.sort_edges(scores, delta, lines.own)
+    others = 3 * torch.randn(256, device=DEVICE)
+    others[:90] = edges.keys[:90]
+    for group in range(7):
+        mine = own == group
+        alone = edges_module.sort_edges(scores[mine], delta)
+        start, number = int((own < group).sum()), int(mine.sum())
+        line = lines.levels[0][group + 1, 0]
+        assert line == start
+        assert edges.ends[line] == start + number
+        at = slice(2 * start, 2 * (start + number))
+        for name in ("keys", "high", "low", "windows"):
+            assert torch.equal(getattr(edges, name)[at], getattr(alone, name)[: 2 * number]), name
+        assert torch.equal(edges.limits[line, :3], alone.limits[0, :3])
+        place = slice(start, start + number)
+        assert torch.equal(edges.ranks[:2, place] - 2 * start, alone.ranks[:2])
+        assert torch.equal(edges.ranks[2:, place] - 3 * start, alone.ranks[2:])
+        found, expected = torch.empty((2, 256), dtype=torch.int32, device=DEVICE)
+        _find_kernel[(1,)](others, line.expand(256).contiguous(), found, **edges.look_up, BLOCK=256)
+        _find_kernel[(1,)](others, torch.zeros_like(found), expected, **alone.look_up, BLOCK=256)
+        assert torch.equal(found, torch.where(expected > 0, expected + 2 * start, 0))
+    nobody = lines.levels[0][[0, 8], 0]
+    assert nobody.tolist() == [90, 90]
+    assert edges.limits[90].tolist() == [torch.inf, 0, 0, 0]
 
 
 def test_edges_of_padding_stand_in_front() -> None:
@@ -98,8 +135,8 @@ def test_edges_of_padding_stand_in_front() -> None:
 def test_a_nan_among_the_scores_reads_nothing_out_of_bounds() -> None:
     for scores in (torch.tensor([0.0, torch.nan, 1.0]), torch.tensor([torch.nan] * 3)):
         edges = edges_module.sort_edges(scores.to(DEVICE), 1.0)
-        assert edges.look_up["table"].ge(0).all()
-        assert edges.look_up["table"].le(6).all()
+        assert edges.table.ge(0).all()
+        assert edges.table.le(6).all()
         assert edges.ranks.ge(0).all()
         assert edges.ranks[:2].lt(6).all()
         assert edges.ranks[2:].lt(9).all()
@@ -118,7 +155,9 @@ def test_integral_over_stretches(
     high = torch.rand(points, dtype=torch.float64, device=DEVICE).sort().values
     windows = (torch.rand(points, device=DEVICE) < 0.7).to(torch.int8)
     jump, more = torch.rand(2, 2, points, dtype=torch.float64, device=DEVICE)
-    running, integral = scan.integrate(jump, more, high, torch.zeros_like(high), windows, backward)
+    running, integral = scan.integrate(
+        jump, more, high, torch.zeros_like(high), windows, None, each=1, backward=backward
+    )
     distance = high.diff() * windows[:-1]
     nothing = high.new_zeros(1)
     distance = torch.cat([distance, nothing] if backward else [nothing, distance])
@@ -130,6 +169,40 @@ def test_integral_over_stretches(
     torch.testing.assert_close(running, expected, rtol=1e-14, atol=0)
     parts = (expected - jump) * distance + more
     torch.testing.assert_close(integral, in_order(in_order(parts).cumsum(1)), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [3, 1, 7, 2], [14, 1, 60], [1, 9, 1, 1, 30]])
+def test_integral_starts_anew_with_each_line(
+    lengths: list[int], each: int, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit what it is alone, next to lines of huge numbers, wherever stretches begin."""
+    monkeypatch.setattr(scan, "_STRETCH", 8)
+    monkeypatch.setattr(scan, "_BEFORE", 4)
+    sizes = torch.tensor(lengths)
+    ends = sizes.cumsum(0)
+    bounds = (ends if backward else ends - sizes).repeat_interleave(sizes).int().to(DEVICE)
+    points = each * sum(lengths)
+    high = torch.rand(points, dtype=torch.float64, device=DEVICE).sort().values
+    windows = (torch.rand(points, device=DEVICE) < 0.7).to(torch.int8)
+    windows[each * ends.to(DEVICE) - 1] = 0
+    jump, more = torch.rand(2, 1, points, dtype=torch.float64, device=DEVICE)
+    scale = torch.tensor([1e30, 1.0]).repeat(len(lengths))[: len(lengths)]
+    jump *= scale.repeat_interleave(each * sizes).to(DEVICE)
+    low = torch.zeros_like(high)
+    got = scan.integrate(jump, more, high, low, windows, bounds, each=each, backward=backward)
+    for end, size in zip(ends.tolist(), lengths, strict=True):
+        line = slice(each * (end - size), each * end)
+        distance = high[line].diff() * windows[line][:-1]
+        nothing = high.new_zeros(1)
+        distance = torch.cat([distance, nothing] if backward else [nothing, distance])
+        u, d, m = (x.flip(-1) if backward else x for x in (jump[0, line], distance, more[0, line]))
+        running = u.cumsum(0)
+        integral = ((running - u) * d + m).cumsum(0)
+        for x, expected in zip(got, (running, integral), strict=True):
+            mine = x[0, line].flip(-1) if backward else x[0, line]
+            torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
 
 
 # --- words --------------------------------------------------------------------------------------
@@ -186,7 +259,9 @@ def test_pieces_are_no_more_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for batch, classes, places in ((7, 3, 30), (1, 1, 700), (100, 5, 7), (3, 70, 4), (9, 64, 1)):
         logits = torch.zeros(batch, classes, 2 * places)[:, :, ::2]
         targets = torch.zeros(batch, places)
-        parts = list(memory.pieces(logits, targets))
+        lines = torch.zeros(batch, 1, dtype=torch.int32).expand(batch, places)
+        parts = list(memory.pieces(logits, targets, lines))
+        assert all(part[2].shape == part[1].shape for part in parts)
         assert sum(part[0].numel() for part in parts) == logits.numel()
         assert len(parts) <= memory.pieces_of(logits)
 

@@ -26,11 +26,15 @@ CASES = {
     "marked": ("float32", "float32", True, 1.0),
     "marked bfloat16": ("bfloat16", "int8", True, 1.0),
     "hard": ("float32", "int64", False, 0.0),
+    "grouped": ("float32", "int64", False, 1.0),
+    "grouped bfloat16": ("bfloat16", "int32", False, 1.0),
+    "grouped marked": ("float32", "float32", True, 1.0),
+    "grouped float64": ("float64", "int64", False, 1.0),
 }
 KERNELS = {
     "_merge_kernel", "_table_kernel", "_count_kernel", "_remove_kernel", "_pattern_sums_kernel",
     "_fold_kernel", "_points_kernel", "_stretch_kernel", "_integral_kernel", "_finish_kernel",
-    "_slopes_kernel", "_lines_kernel", "_pattern_lines_kernel", "_gradient_kernel",
+    "_slopes_kernel", "_ramps_kernel", "_pattern_ramps_kernel", "_gradient_kernel",
     "_clear_kernel", "_own_kernel",
 }  # fmt: skip
 
@@ -53,9 +57,13 @@ def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 
     index = torch.zeros(positives, dtype=torch.int64)
     tiles = default_breakpoint_tiles(sass.gpu_target(target).warp_size, scores.dtype)
     levels = [logits], [targets]
+    grouping: tuple = ()
+    if "grouped" in case:  # by image
+        groups = torch.zeros((shape[0], *targets_shape[1:]), dtype=torch.int64)
+        grouping = [groups], index
     with sass.record() as launches:
-        breakpoints.count(*levels, scores, vector, delta, -100, tiles)
-        breakpoints.gradient(*levels, index, scores, vector, vector, delta, -100, tiles)
+        breakpoints.count(*levels, scores, vector, delta, -100, tiles, *grouping)
+        breakpoints.gradient(*levels, index, scores, vector, vector, delta, -100, tiles, *grouping)
     return launches
 
 

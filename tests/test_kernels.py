@@ -90,23 +90,31 @@ class Case(budgets.Case):
 
     def count(self, *tiles: Any) -> tuple[Tensor, ...]:
         """By the kernels; with small tiles unless told otherwise, None for those of the device."""
-        return this.kernels.count(*self.count_input, *(tiles or (this.small,)))
+        return this.kernels.count(*self.count_input, *(tiles or (this.small,)), **self.grouping)
 
     def gradient(self, *tiles: Any) -> list[Tensor]:
         """Likewise."""
-        return this.kernels.gradient(*self.gradient_input, *(tiles or (this.small,)))
+        tiles = tiles or (this.small,)
+        return this.kernels.gradient(*self.gradient_input, *tiles, **self.grouping)
 
 
 def make(
-    logits: Tensor | list[Tensor], targets: Tensor | list[Tensor], delta: float, padding: int = 0
+    logits: Tensor | list[Tensor],
+    targets: Tensor | list[Tensor],
+    delta: float,
+    padding: int = 0,
+    groups: Tensor | list[Tensor] | None = None,
 ) -> Case:
     """On the device, with drawn numbers for each positive."""
-    logits = [logits] if isinstance(logits, Tensor) else logits
-    targets = [targets] if isinstance(targets, Tensor) else targets
-    levels, level_targets = (
-        [budgets.to_device(x, torch.device(DEVICE)) for x in part] for part in (logits, targets)
+    levels, level_targets, level_groups = (
+        [
+            budgets.to_device(x, torch.device(DEVICE))
+            for x in ([part] if isinstance(part, Tensor) else part or [])
+        ]
+        for part in (logits, targets, groups)
     )
-    return Case(*budgets.find(levels, level_targets, delta, padding))
+    case = budgets.find(levels, level_targets, delta, padding)
+    return Case(*(budgets.group(case, level_groups) if level_groups else case))
 
 
 def class_indices(
@@ -130,15 +138,10 @@ def per_logit(batch: int, classes: int, places: int, dtype: torch.dtype = torch.
 def check(case: Case, tiles: Tiles | BreakpointTiles | None = None) -> None:
     """Count and gradient are within budget of the float64 reference, and no input is written to."""
     tiles = tiles or this.small
-    before = [
-        tensor.clone()
-        for part in case[:-1]
-        for tensor in ([part] if torch.is_tensor(part) else part)
-    ]
+    before = [tensor.clone() for tensor in case.tensors]
     counts, gradients = torch.stack(case.count(tiles)), case.gradient(tiles)
-    after = [tensor for part in case[:-1] for tensor in ([part] if torch.is_tensor(part) else part)]
-    assert all(torch.equal(*pair) for pair in zip(after, before, strict=True))
-    assert all(tensor._version == 0 or not tensor.requires_grad for tensor in after)
+    assert all(torch.equal(*pair) for pair in zip(case.tensors, before, strict=True))
+    assert all(tensor._version == 0 or not tensor.requires_grad for tensor in case.tensors)
 
     exact = case.expected_count(torch.float64)
     budget = count_budget(case, tiles, exact)
@@ -290,6 +293,127 @@ def test_counts_beyond_float32() -> None:
     assert nfp.item() == number
 
 
+# --- groups -------------------------------------------------------------------------------------
+
+
+def _groups_of(name: str, targets: Tensor) -> Tensor:
+    """Of each anchor, or logit: what users rank within, and what nobody foresaw."""
+    if name == "image":  # a view, as functional.py lays it out
+        return (
+            torch.arange(targets.shape[0]).view(-1, *[1] * (targets.dim() - 1)).expand_as(targets)
+        )
+    if name == "class":
+        return (-torch.arange(targets.shape[1]))[None, :, None].expand_as(targets)
+    if name == "place":
+        return torch.arange(targets.shape[-1]).expand_as(targets) // 2
+    if name == "one":
+        return torch.full((1,) * targets.dim(), 7).expand_as(targets)
+    return torch.randint(-2, 3, targets.shape) * 2**40
+
+
+GROUPINGS = ["image", "class", "place", "one", "drawn"]
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_groups_of_every_kind(grouping: str) -> None:
+    for form in FORMS:
+        if (grouping, form) != ("class", class_indices):
+            targets = form(BATCH, CLASSES, PLACES)
+            groups = _groups_of(grouping, targets)
+            check(make(2 * torch.randn(BATCH, CLASSES, PLACES), targets, 1.0, 3, groups))
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_groups_in_every_dtype(dtype: torch.dtype, delta: float) -> None:
+    logits = (2 * torch.randn(BATCH, CLASSES, PLACES)).to(dtype)
+    for form, grouping in zip(FORMS, ("image", "drawn"), strict=True):
+        targets = form(BATCH, CLASSES, PLACES)
+        check(make(logits, targets, delta, groups=_groups_of(grouping, targets)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_groups_in_every_layout(name: str) -> None:
+    logits = LAYOUTS[name]()
+    for form, grouping in zip(FORMS, ("image", "drawn"), strict=True):
+        targets = form(*logits.shape)
+        check(make(logits, targets, 1.0, groups=_groups_of(grouping, targets)))
+
+
+def test_groups_over_levels() -> None:
+    """An image is one group on all levels of a pyramid, a group may be missing from one."""
+    logits = [torch.randn(3, 3, places) for places in (13, 4, 0, 1)]
+    targets = [class_indices(*level.shape) for level in logits]
+    targets[1][1] = -1
+    check(make(logits, targets, 1.0, 5, [_groups_of("image", x) for x in targets]))
+
+
+def test_as_many_groups_as_positives() -> None:
+    logits, targets = torch.randn(50, 2, 1), class_indices(50, 2, 1)
+    groups = torch.randperm(50)[:, None] - 25
+    for delta in (0.0, 1.0):
+        check(make(logits, targets, delta, groups=groups))
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+def test_one_group_is_no_groups(delta: float) -> None:
+    """Bit by bit in the arithmetic that both share."""
+    logits, targets = 2 * torch.randn(30, 2, 1), class_indices(30, 2, 1)
+    case = make(logits, targets, delta, 4)
+    grouped = Case(*budgets.group(case, [_groups_of("one", targets)]))
+    tiles = this.small._replace(gradient_rows=2)
+    assert same(grouped.count(tiles), case.count(tiles))
+    assert same(grouped.gradient(tiles), case.gradient(tiles))
+
+
+def test_groups_repeat_whatever_the_tiles() -> None:
+    targets = class_indices(12, 2, 3)
+    for grouping in ("image", "drawn"):
+        groups = _groups_of(grouping, targets)
+        case = make(2 * torch.randn(12, 2, 3), targets, 1.0, groups=groups)
+        counts, gradients = case.count(), case.gradient()
+        assert same(case.count(), counts)
+        changed = this.small._replace(lanes=8, gradient_rows=1)
+        assert same(case.gradient(changed), gradients)
+        if this.kernels is breakpoints:  # integers; the tiles of pairwise sum in another order
+            assert same(case.count(changed._replace(count_rows=4)), counts)
+
+
+def test_a_group_next_to_a_crowd_loses_nothing() -> None:
+    """Three anchors beside hundreds of another group: as if they were alone, to the last bits."""
+    logits, targets = torch.randn(403, 1, 1), torch.full((403, 1), -1)
+    targets[[0, 400, 401]] = 0
+    groups = (torch.arange(403) >= 400).long()[:, None]
+    few = slice(400, None)
+    alone = make(logits[few], targets[few], 1.0)
+    for flip in (False, True):  # first line or last
+        case = make(logits, targets, 1.0, groups=1 - groups if flip else groups)
+        large = this.small._replace(lanes=32, count_rows=16, gradient_rows=16)
+        # Tiles of pairwise begin elsewhere, and so sum in another order.
+        tolerance = {"rtol": 1e-6 if this.kernels is pairwise else 1e-13, "atol": 0}
+        for got, expected in zip(case.count(large)[:2], alone.count(large)[:2], strict=True):
+            torch.testing.assert_close(got[1:], expected, **tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_not_finite_reaches_every_group(form: Callable) -> None:
+    """As in the specification: a NaN among the negatives, a NaN score, a weight of NaN."""
+    targets = form(30, 2, 1)
+    case = make(torch.randn(30, 2, 1), targets, 1.0, groups=_groups_of("drawn", targets))
+    negative = torch.ones_like(case.logits[0], dtype=torch.bool)
+    layout.exclude_non_negatives(negative, case.targets[0], IGNORE)
+    for spoil in (
+        lambda: case.weights.__setitem__(3, torch.nan),
+        lambda: case.logits[0].__setitem__(tuple(negative.nonzero()[5]), torch.nan),
+        lambda: case.scores.__setitem__(2, torch.nan),
+    ):
+        spoil()
+        counts, exact = torch.stack(case.count()), case.expected_count(torch.float64)
+        assert torch.equal(counts.isnan(), exact.isnan())
+        (gradient,), (expected,) = case.gradient(), case.expected_gradient(torch.float64)
+        assert torch.equal(gradient.isnan(), expected.isnan())
+
+
 # --- values at the edge -------------------------------------------------------------------------
 
 
@@ -408,7 +532,7 @@ def test_only_padding() -> None:
 
 def test_a_positive_that_is_not_listed_gets_zero() -> None:
     case = make(torch.randn(9, 2, 1), torch.zeros(9, 1, dtype=torch.int64), 1.0)
-    case = case._replace(**{name: getattr(case, name)[1:] for name in Case._fields[2:-1]})
+    case = case._replace(**{name: getattr(case, name)[1:] for name in Case._fields[2:7]})
     assert case.gradient()[0][0, 0] == 0
 
 
@@ -523,7 +647,7 @@ def test_second_device() -> None:
     case = _full_size(torch.float32)
     moved = [
         [x.to("cuda:1") for x in part] if isinstance(part, list) else part.to("cuda:1")
-        for part in case[:-1]
+        for part in case[:7]
     ]
     other = Case(*moved, case.delta)
     for mine, theirs in zip(

@@ -32,6 +32,9 @@ CASES = {
     "float64": ("float64", "int64", False, 1.0, False),
     "hard": ("float32", "int32", True, 0.0, False),
     "wide": ("float32", "int64", False, 1.0, True),
+    "grouped": ("float32", "int64", False, 1.0, False),
+    "grouped hard": ("bfloat16", "int8", True, 0.0, False),
+    "grouped float64": ("float64", "int64", False, 1.0, False),
 }
 
 
@@ -61,9 +64,13 @@ def _call(
     major = int(target.removeprefix("sm_")) // 10 if gpu.backend == "cuda" else 9
     default = default_tiles(gpu.warp_size, major)
     tiles = choose(list(tuned), default, logits.dtype, positives, logits.numel())
+    grouping: tuple = ()
+    if "grouped" in case:
+        grouping = [torch.zeros(targets.shape, dtype=torch.int64)], index
+    levels = [logits], [targets]
     with sass.record() as launches:
-        kernels.count([logits], [targets], scores, vector, delta, -100, tiles)
-        kernels.gradient([logits], [targets], index, scores, vector, vector, delta, -100, tiles)
+        kernels.count(*levels, scores, vector, delta, -100, tiles, *grouping)
+        kernels.gradient(*levels, index, scores, vector, vector, delta, -100, tiles, *grouping)
     return launches
 
 
@@ -86,7 +93,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
                 loops = [
                     loop
                     for loop in code.loops
-                    if case == "hard" or loop.opcodes["FFMA.SAT"] == pairs
+                    if "hard" in case or loop.opcodes["FFMA.SAT"] == pairs
                 ]
                 # The fast way and the exact one; behind them come the loops around these two.
                 figure["per_pair"] = sorted(loop.instructions / pairs for loop in loops)[:2]

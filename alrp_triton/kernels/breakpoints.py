@@ -7,7 +7,8 @@ interval. A logit is read once and looked up: what the positives cost does not g
     edges       sorts the 2P edges s_i - delta, s_i + delta, and finds a score among them
     intervals   counts the negatives between them, in integers
     scan        sums along the line
-    lines       writes the gradient
+    ramps       writes the gradient
+    groups      gives each group a line of its own
 
 Nothing waits for the device, nothing is P x P, and results repeat bit by bit.
 """
@@ -19,17 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .edges import add_exactly, sort_edges
+from .edges import NAN_SCORE, add_exactly, bounds_of, sort_edges
+from .groups import lines_of
 from .intervals import count_negatives
 from .levels import bits_of, jit, real, write_own
-from .lines import write_lines
+from .ramps import write_gradient
 from .scan import integrate
 from .tiles import BreakpointTiles, breakpoint_tiles
 
 
 @jit
 def _points_kernel(
-    order,  # (P,) int64, as in `Edges`; so are the next five
+    order,  # (P,) int64, as in `Edges`; so are the next three
     scores,
     ranks,
     windows,
@@ -66,11 +68,13 @@ def _points_kernel(
 
 @jit
 def _finish_kernel(
-    order,
+    order,  # as in `_points_kernel`
     scores,
+    ends,  # as in `Edges`; so is the next
+    known,
     ranks,
     values,
-    unordered,
+    unordered,  # (1,) int64: how many negatives are NaN
     running,  # (1, 2P) float64: how many negatives lie at or above each edge
     integral,  # (1, 2P) float64: of that number, from the last edge down, over the windows
     running_positive,  # (2, 3P) float64: the same of the positives, and of their values
@@ -105,12 +109,12 @@ def _finish_kernel(
         running_positive + line, integral_positive + line, below, upper, mask, delta
     )
     total -= itself * value
-    alone = below - lower == positives - 1
+    _, end = bounds_of(ends, ends, i, positives)
+    alone = below - lower == end - 1
     others, total = tl.where(alone, 0.0, others), tl.where(alone, 0.0, total)
 
-    # 2. NaN has no place in any order; the largest score shows whether there is one.
-    largest = tl.load(scores + positives - 1)
-    nan = tl.where(largest != largest, float("nan"), 0.0).to(tl.float64)
+    # 2. NaN has no place in any order.
+    nan = tl.where(tl.load(known + NAN_SCORE) > 0, float("nan"), 0.0).to(tl.float64)
     count += nan + tl.where(tl.load(unordered) != 0, float("nan"), 0.0)
     tl.store(nfp + place, tl.where(valid, count, 0.0), mask=mask)
     tl.store(rank_positive + place, tl.where(valid, 1.0 + others + nan, 1.0), mask=mask)
@@ -145,7 +149,7 @@ def count(
     """NFP(i), rank+(i) and S(i), as `reference.breakpoints.count`; scores may hold padding.
 
     Args:
-        logits, targets, values, delta, ignore_index: as there.
+        logits, targets, values, delta, ignore_index, groups, own_groups: as there.
         scores: (P,) finite scores of the positives, -inf for padding, anywhere.
         tiles: sizes of the kernels, if not those of the device.
 
@@ -153,21 +157,21 @@ def count(
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
         a NaN score everything.
     """
-    if own_groups is not None:
-        raise NotImplementedError("groups")
     positives = scores.numel()
     out = tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
     if not positives:
         return out
     tiles = tiles or choose_tiles(logits, scores)
     with torch.cuda.device_of(scores):
-        edges = sort_edges(scores, delta)
+        lines = lines_of(groups, own_groups)
+        edges = sort_edges(scores, delta, lines and lines.own)
         numbers, distances, unordered = count_negatives(
-            logits, targets, edges, delta, ignore_index, tiles
+            logits, targets, edges, delta, ignore_index, tiles, lines
         )
         running, integral = integrate(
-            numbers[None], distances[None], edges.high, edges.low, edges.windows, backward=True
-        )
+            numbers[None], distances[None], edges.high, edges.low, edges.windows, edges.ends,
+            each=2, backward=True,
+        )  # fmt: skip
         grid = (triton.cdiv(positives, tiles.block),)
         common = {
             "order": edges.order,
@@ -185,10 +189,12 @@ def count(
             **common, windows=edges.windows, jump=jump, high=high, low=low, opened=opened
         )
         running_positive, integral_positive = integrate(
-            jump, None, high, low, opened, backward=True
+            jump, None, high, low, opened, edges.ends, each=3, backward=True
         )
         _finish_kernel[grid](
             **common,
+            ends=edges.ends,
+            known=edges.known,
             unordered=unordered,
             running=running,
             integral=integral,
@@ -219,19 +225,20 @@ def gradient(
     A weight that is not finite makes the gradient of every negative NaN.
 
     Args:
-        logits, targets, weights, own, delta, ignore_index: as there.
+        logits, targets, weights, own, delta, ignore_index, groups, own_groups: as there.
         index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
         scores: (P,) finite scores of the positives, -inf for padding.
         tiles: sizes of the kernels, if not those of the device.
     """
-    if own_groups is not None:
-        raise NotImplementedError("groups")
     if not scores.numel():
         return [torch.zeros_like(level) for level in logits]
     gradients = [torch.empty_like(level) for level in logits]
     tiles = tiles or choose_tiles(logits, scores)
     with torch.cuda.device_of(scores):
-        edges = sort_edges(scores, delta)
-        write_lines(logits, targets, gradients, edges, weights, delta, ignore_index, tiles)
+        lines = lines_of(groups, own_groups)
+        edges = sort_edges(scores, delta, lines and lines.own)
+        write_gradient(
+            logits, targets, gradients, edges, weights, delta, ignore_index, tiles, lines
+        )
         write_own(gradients, index, own)
     return gradients

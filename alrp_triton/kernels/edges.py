@@ -6,9 +6,13 @@ the unevaluated sum `high + low` of two floats, for everything that is summed al
 rounded up to the logits' dtype (`key`), so that a logit lies at or above the edge exactly where it
 is not below the key.
 
-Everything happens on the device. Padding (-inf) sorts to the front, with edges at -inf that no
-interval starts from; a NaN sorts to the end and leaves the order meaningless, but never an index
-out of bounds.
+With groups, each has a line of scores of its own (`groups`): the positives are sorted line by line,
+and so are their edges. A line of the positives from place a on has the edges from 2a on, and its
+share of the table. Without groups there is one line, from 0 on.
+
+Everything happens on the device. Padding (-inf) sorts to the front of its line, with edges at -inf
+that no interval starts from; a NaN sorts to the end and leaves the order meaningless, but never an
+index out of bounds.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +27,13 @@ from .levels import LARGEST, bits_of, jit, real
 _SORTED = 128  # positives of a program that places their edges
 _CELLS = 256  # cells of a program that fills the table
 _MOST_CELLS = 1 << 16
+
+# What `Edges.known` holds, by place.
+HALVINGS = tl.constexpr(0)  # how often a search has to halve what a cell of the table holds
+ANY_POSITIVE = tl.constexpr(1)  # whether there is a positive that is not padding
+NAN_SCORE = tl.constexpr(2)  # whether the score of one is NaN
+BAD_WEIGHT = tl.constexpr(3)  # whether the weight of one is not finite
+_KNOWN = 4
 
 
 @triton.jit
@@ -46,30 +57,44 @@ def _round_up(high, low, dtype: tl.constexpr):
 
 
 @triton.jit
-def _search(scores, positives, steps, high, low, INCLUSIVE: tl.constexpr):
-    """How many of the sorted scores are below high + low, or not above it; high is a vector."""
+def bounds_of(starts, ends, i, positives):
+    """The line of the positive in place i of the sorted ones: from where to where it reaches."""
+    start, end = i * 0, i * 0 + positives
+    if ends is not None:
+        start = tl.load(starts + i, mask=i < positives, other=0)
+        end = tl.load(ends + i, mask=i < positives, other=0)
+    return start, end
+
+
+@triton.jit
+def _search(scores, line, steps, high, low, INCLUSIVE: tl.constexpr):
+    """How many sorted scores of a line are below high + low, or not above it; high is a vector."""
+    start, end = line
     found = tl.zeros(high.shape, tl.int32)
     for halving in range(steps):
-        at = found + ((1 << (steps - 1 - halving)) - 1)
-        score = tl.load(scores + at, mask=at < positives, other=float("nan")).to(tl.float64)
+        at = start + found + ((1 << (steps - 1 - halving)) - 1)
+        score = tl.load(scores + at, mask=at < end, other=float("nan")).to(tl.float64)
         if INCLUSIVE:
             before = (score < high) | ((score == high) & (low >= 0.0))
         else:
             before = (score < high) | ((score == high) & (low > 0.0))
-        found = tl.where(before, at + 1, found)
+        found = tl.where(before, at + 1 - start, found)
     return found
 
 
 @jit
 def _merge_kernel(
-    scores,  # (P,) ascending
+    scores,  # (P,) line by line, ascending
+    starts,  # (P,) int32: where the line of each begins, and ends; None without groups
+    ends,
     keys,  # (edges,) out, in the dtype of the scores; behind the 2P edges it holds inf
     high,  # (2P,) float64, out; so is the next
     low,
     windows,  # (2P,) int8, out: whether the interval that starts here lies in any window
     ranks,  # (5, P) int32, out: of s_i - delta and s_i + delta among the edges; of s_i - delta,
     # s_i and s_i + delta among edges and scores together
-    limits,  # (4,) of the logits' dtype, out: see `Edges`
+    limits,  # (P + 1, 4) of the logits' dtype, out: see `Edges`
+    known,  # (_KNOWN,) int32, out
     positives,
     steps,
     cells,
@@ -81,22 +106,24 @@ def _merge_kernel(
     mask = i < positives
     s = tl.load(scores + i, mask=mask, other=float("inf")).to(tl.float64)
     delta = real(delta_bits, tl.float64)
+    line = bounds_of(starts, ends, i, positives)
+    start, end = line
 
     # 1. The merged order: among equals s_i - delta comes first, then s_i, then s_i + delta.
     lower_high, lower_low = add_exactly(s, -delta)
     upper_high, upper_low = add_exactly(s, delta)
     far_high, far_low = add_exactly(s, -2 * delta)
-    far_below = _search(scores, positives, steps, far_high, far_low, False)
-    below = _search(scores, positives, steps, lower_high, lower_low, False)
-    upto = _search(scores, positives, steps, upper_high, upper_low, True)
+    far_below = _search(scores, line, steps, far_high, far_low, False)
+    below = _search(scores, line, steps, lower_high, lower_low, False)
+    upto = _search(scores, line, steps, upper_high, upper_low, True)
     far_high, far_low = add_exactly(s, 2 * delta)
-    far_upto = _search(scores, positives, steps, far_high, far_low, True)
-    lower, upper = i + far_below, i + far_upto
+    far_upto = _search(scores, line, steps, far_high, far_low, True)
+    lower, upper = start + i + far_below, start + i + far_upto
     tl.store(ranks + i, lower, mask=mask)
     tl.store(ranks + positives + i, upper, mask=mask)
-    tl.store(ranks + 2 * positives + i, lower + below, mask=mask)
-    tl.store(ranks + 3 * positives + i, i + below + upto, mask=mask)
-    tl.store(ranks + 4 * positives + i, upper + upto, mask=mask)
+    tl.store(ranks + 2 * positives + i, lower + start + below, mask=mask)
+    tl.store(ranks + 3 * positives + i, 2 * start + i + below + upto, mask=mask)
+    tl.store(ranks + 4 * positives + i, upper + start + upto, mask=mask)
 
     # 2. The edges in that order. Behind s_i - delta a window is open; behind s_i + delta one is if
     # more windows have opened than closed.
@@ -111,23 +138,31 @@ def _merge_kernel(
     tl.store(low + lower, lower_low, mask=mask)
     tl.store(low + upper, upper_low, mask=mask)
     tl.store(windows + lower, finite.to(tl.int8), mask=mask)
-    tl.store(windows + upper, (finite & (far_upto > i + 1)).to(tl.int8), mask=mask)
+    tl.store(windows + upper, (finite & (far_upto > i - start + 1)).to(tl.int8), mask=mask)
 
-    # 3. The line from the first edge to the last, by the last positive.
-    padding = _search(scores, positives, steps, tl.where(mask, float("-inf"), 0.0), 0.0 * i, True)
-    any_finite = finite & mask & (i == positives - 1)
-    first = tl.load(scores + padding, mask=any_finite, other=0.0).to(tl.float64)
+    # 3. The line from its first edge to its last, by its last positive.
+    padding = _search(scores, line, steps, tl.where(mask, float("-inf"), 0.0), 0.0 * i, True)
+    any_finite = finite & mask & (i == end - 1)
+    first = tl.load(scores + start + padding, mask=any_finite, other=0.0).to(tl.float64)
     first, first_low = add_exactly(first, -delta)
     first = _round_up(first, first_low, dtype)
     # Not less than what keeps the scale finite.
     last = tl.minimum(upper_key, LARGEST)  # which +inf is ranked as
-    width = tl.maximum(last - first, cells * 1.2e-38)
+    number = cells * (end - start)
+    width = tl.maximum(last - first, number * 1.2e-38)
     # A logit of -inf is ranked as -LARGEST, and so may be relevant.
     lowest = tl.where(first > -LARGEST / 2, first, float("-inf"))
-    tl.store(limits + 0 * i, lowest, mask=any_finite)
-    tl.store(limits + 1 + 0 * i, first, mask=any_finite)
-    tl.store(limits + 2 + 0 * i, last, mask=any_finite)
-    tl.store(limits + 3 + 0 * i, (cells - 1) / width, mask=any_finite)
+    at = limits + 4 * start
+    tl.store(at, lowest, mask=any_finite)
+    tl.store(at + 1, first, mask=any_finite)
+    tl.store(at + 2, last, mask=any_finite)
+    tl.store(at + 3, (number - 1) / width, mask=any_finite)
+
+    # 4. What concerns all lines.
+    nan = mask & (s != s)
+    tl.atomic_max(known + NAN_SCORE, tl.max(nan.to(tl.int32), 0), sem="relaxed")
+    valid = mask & (s != float("-inf"))
+    tl.atomic_max(known + ANY_POSITIVE, tl.max(valid.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit
@@ -153,109 +188,163 @@ def _bits_before(dtype: tl.constexpr):
 
 
 @triton.jit
-def read_limits(limits):
-    """(lowest relevant logit, first edge, last edge, cells a unit): scalars."""
-    return tl.load(limits), tl.load(limits + 1), tl.load(limits + 2), tl.load(limits + 3)
+def read_limits(limits, line):
+    """(lowest relevant logit, first edge, last edge, cells a unit) of a line, or of many."""
+    at = limits + 4 * line
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @jit
 def _table_kernel(
-    keys,  # (edges,) ascending
+    keys,  # (edges,) ascending on each line
     limits,
-    table,  # (cells,) int32, out: how many edges stand in lower cells
-    halvings,  # (1,) int32: becomes how often a search has to halve what a cell holds
-    edges,
+    starts,
+    ends,
+    table,  # (cells P + 1,) int32, out: the first edge that stands in no lower cell of its line
+    known,  # (_KNOWN,) int32
+    positives,
     steps,
+    cells,
     BLOCK: tl.constexpr,
 ):
-    """Tells each cell of the line its first edge."""
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    limits = read_limits(limits)
+    """Tells each cell of a line its first edge."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    line, behind = bounds_of(starts, ends, at // cells, positives)
+    limits = read_limits(limits, line)
+    cell, first, number = at - cells * line, 2 * line, 2 * (behind - line)
     zero = _bits_before(keys.dtype.element_ty)
     start = tl.zeros((BLOCK,), tl.int32)
     end = tl.zeros((BLOCK,), tl.int32)
     for halving in range(steps):
         step = 1 << (steps - 1 - halving)
-        at = start + (step - 1)
-        key = tl.load(keys + at, mask=at < edges, other=float("nan"))
+        place = start + (step - 1)
+        key = tl.load(keys + first + place, mask=place < number, other=float("nan"))
         before = (key < limits[1]) | ((key <= limits[2]) & (_cell_bits(key, limits) - zero < cell))
-        start = tl.where(before, at + 1, start)
-        at = end + (step - 1)
-        key = tl.load(keys + at, mask=at < edges, other=float("nan"))
+        start = tl.where(before, place + 1, start)
+        place = end + (step - 1)
+        key = tl.load(keys + first + place, mask=place < number, other=float("nan"))
         before = (key < limits[1]) | ((key <= limits[2]) & (_cell_bits(key, limits) - zero <= cell))
-        end = tl.where(before, at + 1, end)
-    tl.store(table + cell, start)
-    most = tl.max(end - start, 0)
+        end = tl.where(before, place + 1, end)
+    # The cell behind all others is that of a line without positives, which asks for some edge.
+    nobody = at == cells * positives
+    tl.store(table + at, tl.where(nobody, 1, first + start), mask=at <= cells * positives)
+    most = tl.max(tl.where(at < cells * positives, end - start, 0), 0)
     needed = tl.zeros((), tl.int32)
     for power in tl.static_range(18):
         needed += (most >= (1 << power)).to(tl.int32)
-    tl.atomic_max(halvings, needed, sem="relaxed")
+    tl.atomic_max(known + HALVINGS, needed, sem="relaxed")
 
 
 @triton.jit
-def find(scores, keys, table, halvings, limits):
-    """How many edges are not above each score; scores lie between the first and the last edge."""
-    found = tl.load((table - _bits_before(scores.dtype)) + _cell_bits(scores, limits))
+def find(scores, line, limits, look_up):
+    """How many edges are not above each score, of its line and of all lines before it.
+
+    Args:
+        scores: between the first and the last edge of their line.
+        line: where the line begins, one for all scores or one for each; None without groups.
+        limits: of the line, see `read_limits`.
+        look_up: (keys, table, halvings, ends, cells), see `Edges`.
+    """
+    keys, table, halvings, ends, cells = look_up
+    table -= _bits_before(scores.dtype)
+    if ends is not None:
+        table += line * cells
+    found = tl.load(table + _cell_bits(scores, limits))
     step = (1 << halvings) >> 1
     while step > 0:
         key = tl.load((keys + (step - 1)) + found)
-        found = tl.where(key <= scores, found + step, found)
+        before = key <= scores
+        if ends is not None:  # the edges of the next line follow
+            before = before & (found + step <= 2 * tl.load(ends + line))
+        found = tl.where(before, found + step, found)
         step = step >> 1
     return found
 
 
 class Edges(NamedTuple):
-    """The 2P edges in ascending order, and the table that finds a score's place among them."""
+    """The 2P edges line by line, ascending, and the table that finds a score's place among them."""
 
-    order: Tensor  # (P,) int64: the positives by ascending score
+    order: Tensor  # (P,) int64: the positives line by line, by ascending score
     scores: Tensor  # (P,) in that order
+    starts: Tensor | None  # (P,) int32, in that order: where their line begins; None without groups
+    ends: Tensor | None  # (P + 1,) int32: where it ends; 0 behind them all
     keys: Tensor  # (2P and more,) of the scores' dtype, each edge rounded up, then inf
     high: Tensor  # (2P,) float64; high + low is each edge exactly
     low: Tensor  # (2P,) float64
     windows: Tensor  # (2P,) int8: whether the interval that starts here lies in any window
     ranks: Tensor  # (5, P) int32, see `_merge_kernel`
-    look_up: dict[str, Any]  # what `find` takes, by name
+    limits: Tensor  # (P + 1, 4) of the scores' dtype: of the line that begins at a positive,
+    # see `read_limits`; nothing is relevant on one that has none, nor on the line P
+    table: Tensor  # (cells P + 1,) int32, see `_table_kernel`
+    cells: int  # of the table for each positive
+    known: Tensor  # (_KNOWN,) int32, see above
+
+    @property
+    def look_up(self) -> dict[str, Any]:
+        """What a kernel takes to find scores, by name."""
+        names = ("keys", "table", "known", "limits", "ends", "cells")
+        return {name: getattr(self, name) for name in names}
 
 
-def sort_edges(scores: Tensor, delta: float) -> Edges:
-    """Sorts the edges of P > 0 finite scores, -inf for padding; nothing waits for the device."""
-    positives = scores.numel()
+def sort_edges(scores: Tensor, delta: float, own_lines: Tensor | None = None) -> Edges:
+    """Sorts the edges of P > 0 positives; nothing waits for the device.
+
+    Args:
+        scores: (P,) finite scores, -inf for padding.
+        delta: half-width of the step.
+        own_lines: (P,) int32, see `groups.Lines`; None for one line.
+    """
+    positives, device = scores.numel(), scores.device
     ascending, order = torch.sort(scores, stable=True)
+    starts = ends = None
+    if own_lines is not None:
+        starts, by_line = torch.sort(own_lines[order], stable=True)
+        order, ascending = order[by_line], ascending[by_line]
+        ends = torch.searchsorted(starts, starts, right=True, out_int32=True)
+        ends = torch.nn.functional.pad(ends, (0, 1))
     edges = 2 * positives
     steps = edges.bit_length()
-    cells = min(max(_CELLS, triton.next_power_of_2(4 * edges)), _MOST_CELLS)
-    device = scores.device
-    # A search may look as far behind the last edge as it has steps.
-    keys = scores.new_full((edges + (1 << steps),), torch.inf)
-    high, low = torch.empty((2, edges), dtype=torch.float64, device=device)
-    windows = torch.empty(edges, dtype=torch.int8, device=device)
-    ranks = torch.empty((5, positives), dtype=torch.int32, device=device)
-    limits = scores.new_zeros(4)
-    limits[0] = torch.inf
-    halvings = torch.zeros(1, dtype=torch.int32, device=device)
-    table = torch.empty(cells, dtype=torch.int32, device=device)
+    total = min(max(_CELLS, triton.next_power_of_2(4 * edges)), _MOST_CELLS)
+    cells = max(1, total // positives)
+    limits = scores.new_zeros((positives + 1, 4))
+    limits[:, 0] = torch.inf
+    laid_out = Edges(
+        order=order,
+        scores=ascending,
+        starts=starts,
+        ends=ends,
+        # A search may look as far behind the last edge as it has steps.
+        keys=scores.new_full((edges + (1 << steps),), torch.inf),
+        high=torch.empty(edges, dtype=torch.float64, device=device),
+        low=torch.empty(edges, dtype=torch.float64, device=device),
+        windows=torch.empty(edges, dtype=torch.int8, device=device),
+        ranks=torch.empty((5, positives), dtype=torch.int32, device=device),
+        limits=limits,
+        table=torch.empty(cells * positives + 1, dtype=torch.int32, device=device),
+        cells=cells,
+        known=torch.zeros(_KNOWN, dtype=torch.int32, device=device),
+    )
+    common = {
+        "starts": starts,
+        "ends": ends,
+        "keys": laid_out.keys,
+        "limits": limits,
+        "known": laid_out.known,
+        "positives": positives,
+        "steps": steps,
+        "cells": cells,
+    }
     _merge_kernel[(triton.cdiv(positives, _SORTED),)](
         scores=ascending,
-        keys=keys,
-        high=high,
-        low=low,
-        windows=windows,
-        ranks=ranks,
-        limits=limits,
-        positives=positives,
-        steps=steps,
-        cells=cells,
+        high=laid_out.high,
+        low=laid_out.low,
+        windows=laid_out.windows,
+        ranks=laid_out.ranks,
         delta_bits=bits_of(delta),
         BLOCK=_SORTED,
+        **common,
     )
-    _table_kernel[(cells // _CELLS,)](
-        keys=keys,
-        limits=limits,
-        table=table,
-        halvings=halvings,
-        edges=edges,
-        steps=steps,
-        BLOCK=_CELLS,
+    _table_kernel[(triton.cdiv(cells * positives + 1, _CELLS),)](
+        table=laid_out.table, BLOCK=_CELLS, **common
     )
-    look_up = {"keys": keys, "table": table, "halvings": halvings, "limits": limits}
-    return Edges(order, ascending, keys, high, low, windows, ranks, look_up)
+    return laid_out

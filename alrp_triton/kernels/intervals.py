@@ -12,6 +12,10 @@ everything that is added up over the logits is an integer:
 
 So the result does not depend on the order of the additions, and repeats bit by bit, for any number
 of programs and any tile size. The distances of float64 logits take two words of their own.
+
+With groups, a tile that lies on one line (its image, say) is counted like any other, among the
+edges of that line. In any other tile each logit asks for its own. Bit patterns are not counted
+then, since each line would need patterns of its own.
 """
 
 from collections.abc import Sequence
@@ -22,16 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .edges import Edges, find, read_limits
+from .edges import HALVINGS, Edges, find, read_limits
+from .groups import Lines
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
     lay_out_anchors,
+    lay_out_lines,
+    line_of_tile,
     pattern_of,
     pattern_scores,
     pieces,
     pieces_of,
     read_anchors,
+    read_lines,
     read_tile,
 )
 from .tiles import BreakpointTiles
@@ -131,18 +139,95 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
     return tl.sum(tl.sum(nan.to(tl.int32), 0), 0) - behind
 
 
+@triton.jit
+def _count_tile(
+    tile,
+    scores,
+    line,
+    limits,
+    targets,
+    words,
+    patterns,
+    size,
+    look_up,
+    packing,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Adds the negatives of a tile that lies on one line."""
+    raw, s, highest = scores
+    lowest, first, last, keys = limits[0], limits[1], limits[2], look_up[0]
+
+    # 1. A tile that lies below min_P(s) - delta as a whole means nothing to anybody.
+    if (highest >= lowest) | (highest != highest):
+        negative = s >= lowest
+        if targets is not None:
+            negative = negative & (read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0)
+        inner = tl.minimum(tl.maximum(s, first), last)
+        copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)
+
+        # 2. The intervals of the lowest and of the highest tell whether all lie in one.
+        ends = tl.where(tl.arange(0, 2) == 0, tl.min(tl.min(s, 0), 0), highest)
+        relevant = tl.min((ends >= lowest).to(tl.int32), 0) > 0
+        ends = tl.minimum(tl.maximum(ends, first), last)
+        ends = find(ends, line, limits, look_up)
+        if relevant & (tl.min(ends, 0) == tl.max(ends, 0)) & (s.dtype != tl.float64):
+            _add_together(words, tl.max(ends, 0), copy, inner, negative, keys, packing)
+        elif patterns is not None:
+            at = patterns + (pattern_of(raw) * LANES + tl.arange(0, LANES)[None, :])
+            tl.atomic_add(at, tl.full(s.shape, 1, tl.int32), mask=negative, sem="relaxed")
+        else:
+            found = find(inner, line, limits, look_up)
+            _add(words, found, copy[None, :], inner, negative, 1, keys, packing)
+
+
+@triton.jit
+def _count_across_lines(
+    tile,
+    s,
+    line,
+    limits,
+    targets,
+    words,
+    size,
+    look_up,
+    packing,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Adds the negatives of a tile, each on a line of its own."""
+    negative = s >= limits[0]
+    if targets is not None:
+        negative = negative & (read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0)
+    if tl.max(tl.max(negative.to(tl.int32), 0), 0) > 0:
+        inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
+        copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)
+        found = find(inner, line, limits, look_up)
+        _add(words, found, copy[None, :], inner, negative, 1, look_up[0], packing)
+
+
 @jit
 def _count_kernel(
     logits,  # (size,) as they lie in memory
     targets,  # (size,) beside them, or None under class indices
+    lines,  # int32, see `memory.lay_out_lines`; None without groups
     words,  # (2P, copies) int64, is added to; (3, 2P) of float64 logits
-    patterns,  # (65,536, LANES) int32, is added to; None but for 16-bit logits
+    patterns,  # (65,536, LANES) int32, is added to; None but for 16-bit logits without groups
     unordered,  # (1,) int64: the number of NaN, is added to
     keys,
     table,
-    halvings,
+    known,
     limits,
+    ends,
     size: tl.int64,
+    lines_0: tl.int64,
+    lines_1: tl.int64,
+    lines_2: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    cells,
     copies,
     shift,
     scale_bits: tl.int64,
@@ -154,10 +239,9 @@ def _count_kernel(
     """Adds the negatives of one level to the words of their intervals, or to their patterns."""
     dtype: tl.constexpr = keys.dtype.element_ty
     packing = (copies, shift, real(scale_bits, dtype), real(most_bits, dtype), edges)
-    limits = read_limits(limits)
-    lowest, first, last = limits[0], limits[1], limits[2]
-    halvings = tl.load(halvings)
-    lane = tl.arange(0, LANES)
+    look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
+    sizes = (middle, inner, middle_magic, inner_magic)
+    only = read_limits(limits, 0)
     tiles = tl.cdiv(size, ROWS * LANES).to(tl.int32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # What is behind the end is NaN, which is not relevant to anything.
@@ -166,44 +250,46 @@ def _count_kernel(
         highest = tl.reduce(tl.reduce(s, 0, nan_maximum), 0, nan_maximum)
 
         # 1. A NaN has no interval; one that is not ignored leaves no number standing.
-        if (highest != highest) & (lowest < float("inf")):
+        if highest != highest:
             nan = _number_of_nan(s, behind, targets, tile, size, ROWS, LANES).to(tl.int64)
             tl.atomic_add(unordered, nan, mask=nan > 0, sem="relaxed")
 
-        # 2. A tile that lies below min_P(s) - delta as a whole means nothing to anybody.
-        if (highest >= lowest) | (highest != highest):
-            negative = s >= lowest
-            if targets is not None:
-                mark, _ = read_tile(targets, tile, size, 1, False, ROWS, LANES)
-                negative = negative & (mark == 0)
-            inner = tl.minimum(tl.maximum(s, first), last)
-            copy = (lane + tile * LANES) & (copies - 1)
-
-            # 3. The intervals of the lowest and of the highest tell whether all lie in one.
-            ends = tl.where(tl.arange(0, 2) == 0, tl.min(tl.min(s, 0), 0), highest)
-            relevant = tl.min((ends >= lowest).to(tl.int32), 0) > 0
-            ends = tl.minimum(tl.maximum(ends, first), last)
-            ends = find(ends, keys, table, halvings, limits)
-            if relevant & (tl.min(ends, 0) == tl.max(ends, 0)) & (dtype != tl.float64):
-                _add_together(words, tl.max(ends, 0), copy, inner, negative, keys, packing)
-            elif patterns is not None:
-                at = patterns + (pattern_of(raw) * LANES + lane[None, :])
-                tl.atomic_add(at, tl.full(s.shape, 1, tl.int32), mask=negative, sem="relaxed")
+        # 2. All else goes to the line that it lies on.
+        scores = (raw, s, highest)
+        if lines is None:
+            _count_tile(
+                tile, scores, 0, only, targets, words, patterns, size, look_up, packing,
+                ROWS, LANES,
+            )  # fmt: skip
+        else:
+            grouping = (lines, (lines_0, lines_1, lines_2), sizes)
+            alone, line, origin = line_of_tile(grouping, tile, size, ROWS, LANES)
+            if alone:
+                of_line = read_limits(limits, line)
+                _count_tile(
+                    tile, scores, line, of_line, targets, words, None, size, look_up, packing,
+                    ROWS, LANES,
+                )  # fmt: skip
             else:
-                found = find(inner, keys, table, halvings, limits)
-                _add(words, found, copy[None, :], inner, negative, 1, keys, packing)
+                each = read_lines(grouping, origin, behind, ROWS, LANES)
+                of_each = read_limits(limits, each)
+                _count_across_lines(
+                    tile, s, each, of_each, targets, words, size, look_up, packing, ROWS, LANES
+                )
 
 
 @jit
 def _remove_kernel(
     logits,  # (batch, classes, places), one level
     targets,  # (batch, places) class indices
+    lines,  # (batch, places) int32; None without groups
     words,  # as in `_count_kernel`, are taken from; so is the next
     unordered,
     keys,
     table,
-    halvings,
+    known,
     limits,
+    ends,
     anchors: tl.int64,
     classes,
     places,
@@ -212,7 +298,10 @@ def _remove_kernel(
     logits_2: tl.int64,
     targets_0: tl.int64,
     targets_1: tl.int64,
+    lines_0: tl.int64,
+    lines_1: tl.int64,
     ignore_index,
+    cells,
     copies,
     shift,
     scale_bits: tl.int64,
@@ -223,11 +312,15 @@ def _remove_kernel(
     """Takes out again what `_count_kernel` has counted and is no negative."""
     dtype: tl.constexpr = keys.dtype.element_ty
     packing = (copies, shift, real(scale_bits, dtype), real(most_bits, dtype), edges)
-    limits = read_limits(limits)
-    halvings = tl.load(halvings)
+    look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
     row, place, channel, positive, ignored = read_anchors(
         targets, anchors, classes, places, targets_0, targets_1, ignore_index, BLOCK
     )
+    line = tl.program_id(0) * 0
+    if lines is not None:
+        own = lines + row * lines_0 + place * lines_1
+        line = tl.load(own, mask=positive | ignored, other=0)
+    limits = read_limits(limits, line)
     copy = (tl.arange(0, BLOCK) + tl.program_id(0) * BLOCK) & (copies - 1)
     # Positives at their class, which is the round -1, then ignored anchors class by class.
     start = -tl.max(positive.to(tl.int32), 0)
@@ -236,10 +329,10 @@ def _remove_kernel(
         at = row * logits_0 + tl.where(c < 0, channel, c) * logits_1 + place * logits_2
         s = tl.load(logits + at, mask=mask, other=float("-inf")).to(dtype)
         nan = tl.sum((mask & (s != s)).to(tl.int64), 0)
-        tl.atomic_add(unordered, -nan, mask=(nan > 0) & (limits[0] < float("inf")), sem="relaxed")
+        tl.atomic_add(unordered, -nan, mask=nan > 0, sem="relaxed")
         mask = mask & (s >= limits[0])
         s = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-        found = find(s, keys, table, halvings, limits)
+        found = find(s, line, limits, look_up)
         _add(words, found, copy, s, mask, -1, keys, packing)
 
 
@@ -250,8 +343,10 @@ def _pattern_sums_kernel(
     sums,  # (2, 2P) int64: numbers and distances, is added to
     keys,
     table,
-    halvings,
+    known,
     limits,
+    ends,
+    cells,
     scale_bits: tl.int64,
     most_bits: tl.int64,
     edges,
@@ -260,12 +355,13 @@ def _pattern_sums_kernel(
 ):
     """Looks up each bit pattern that has been counted."""
     pattern, s = pattern_scores(logits, BLOCK)
-    limits = read_limits(limits)
+    limits = read_limits(limits, 0)
+    look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
     number = tl.load(patterns + pattern[:, None] * LANES + tl.arange(0, LANES)[None, :])
     number = tl.sum(number.to(tl.int64), 1)
     mask = number > 0
     s = tl.minimum(tl.maximum(tl.where(mask, s, 0.0), limits[1]), limits[2])
-    found = find(s, keys, table, tl.load(halvings), limits)
+    found = find(s, 0, limits, look_up)
     distance = _distance(s, found, keys, real(scale_bits, tl.float32), real(most_bits, tl.float32))
     tl.atomic_add(sums + (found - 1), number, mask=mask, sem="relaxed")
     at = sums + edges + (found - 1)
@@ -332,6 +428,7 @@ def count_negatives(
     delta: float,
     ignore_index: int,
     tiles: BreakpointTiles,
+    lines: Lines | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many negatives lie behind each edge, the sum of their distances, and how many are NaN."""
     number = edges.high.numel()
@@ -353,9 +450,10 @@ def count_negatives(
         "edges": number,
     }
     patterns = sums = None
-    for level, target in zip(logits, targets, strict=True):
-        for piece, beside, _ in pieces(level, target) if level.numel() else ():
-            if piece.element_size() == 2 and patterns is None:
+    of_levels = [None] * len(logits) if lines is None else lines.levels
+    for level, target, of_level in zip(logits, targets, of_levels, strict=True):
+        for piece, beside, line, _ in pieces(level, target, of_level) if level.numel() else ():
+            if piece.element_size() == 2 and lines is None and patterns is None:
                 device = edges.scores.device
                 patterns = torch.zeros((PATTERNS, tiles.lanes), dtype=torch.int32, device=device)
                 sums = torch.zeros((2, number), **int64)
@@ -369,6 +467,7 @@ def count_negatives(
                 ROWS=tiles.count_rows,
                 LANES=tiles.lanes,
                 num_warps=1,
+                **lay_out_lines(piece, line),
                 **add,
                 **edges.look_up,
             )
@@ -379,6 +478,9 @@ def count_negatives(
                     logits_0=piece.stride(0),
                     logits_1=piece.stride(1),
                     logits_2=piece.stride(2),
+                    lines=line,
+                    lines_0=0 if line is None else line.stride(0),
+                    lines_1=0 if line is None else line.stride(1),
                     **anchors,
                     **add,
                     **edges.look_up,

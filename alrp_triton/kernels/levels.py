@@ -110,9 +110,9 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
 
 @triton.jit
 def read_groups(groups, strides, origin, places, WIDE: tl.constexpr):
-    """The groups of the logits at `places` of `read_logits`, int64."""
+    """The groups, or lines, of the logits at `places` of `read_logits`."""
     at = groups + origin[0] * strides[0]
-    return tl.load(at + offset_of(places, strides[0], strides[1], strides[2], WIDE)).to(tl.int64)
+    return tl.load(at + offset_of(places, strides[0], strides[1], strides[2], WIDE))
 
 
 @jit

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .levels import is_dense
+from .levels import divide, is_dense, magic_of, origin_of
 
 PATTERNS = 1 << 16  # of the bits of 16-bit logits
 
+_LONGEST = 1 << 30  # axis along which a place can be told from a number
 _PIECE = 1 << 22  # logits that are copied at a time where they do not fill their memory
 _WARPS = 4  # of a program that walks over anchors
 
@@ -54,6 +55,60 @@ def write_tile(
         tl.store(values + local, written)
     else:
         tl.store(values + local, written, mask=local < ROWS * LANES - behind)
+
+
+@triton.jit
+def line_of_tile(lines, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Whether a tile lies on one line as a whole; the line of its first logit, and where that is.
+
+    It does wherever the line cannot change between its first logit and its last: along an axis of
+    stride 0, as everywhere in an image, or where both have the same place.
+    """
+    values, strides, sizes = lines
+    start = tl.cast(tile, tl.int64) * (ROWS * LANES)
+    outer, middle, inner = origin_of(start, sizes[0], sizes[1])
+    rest = tl.minimum(start + ROWS * LANES, size) - 1 - outer * sizes[0] * sizes[1]
+    same_outer = rest < tl.cast(sizes[0], tl.int64) * sizes[1]
+    same_middle = rest < (tl.cast(middle, tl.int64) + 1) * sizes[1]
+    alone = (same_outer | (strides[0] == 0)) & (same_middle | (strides[1] == 0)) & (strides[2] == 0)
+    line = tl.load(values + outer * strides[0] + middle * strides[1] + inner * strides[2])
+    return alone, line, (outer, middle, inner)
+
+
+@triton.jit
+def read_lines(lines, origin, behind, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The line of each logit of a tile; behind the end, that of the last one."""
+    values, strides, sizes = lines
+    middle, inner, middle_magic, inner_magic = sizes
+    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    local = tl.minimum(local, ROWS * LANES - 1 - behind)
+    row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
+    o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
+    o, m, i = origin[0] + o.to(tl.int64), m.to(tl.int64), i.to(tl.int64)
+    return tl.load(values + (o * strides[0] + m * strides[1] + i * strides[2]))
+
+
+def lay_out_lines(logits: Tensor, lines: Tensor | None) -> dict[str, Any]:
+    """Arguments by which a kernel tells the line of a logit from its place in memory.
+
+    Args:
+        logits: (B, C, M), which fill a stretch of memory.
+        lines: (B, M) or (B, C, M) int32; None without groups.
+    """
+    shape, strides = (1, 1, 1), (0, 0, 0)
+    if lines is not None:
+        axes = sorted(range(3), key=lambda axis: (logits.shape[axis] > 1, -logits.stride(axis)))
+        spread = lines if lines.dim() == 3 else lines[:, None].expand(logits.shape)
+        shape = [logits.shape[axis] for axis in axes]
+        strides = [spread.stride(axis) if logits.shape[axis] > 1 else 0 for axis in axes]
+    return {
+        "lines": lines,
+        **{f"lines_{place}": stride for place, stride in enumerate(strides)},
+        "middle": shape[1],
+        "inner": shape[2],
+        "middle_magic": magic_of(shape[1]),
+        "inner_magic": magic_of(shape[2]),
+    }
 
 
 def is_aligned(*tensors: Tensor) -> bool:
@@ -96,17 +151,19 @@ def pieces_of(logits: Tensor) -> int:
 
 
 def pieces(
-    logits: Tensor, targets: Tensor, out: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    logits: Tensor, targets: Tensor, lines: Tensor | None, out: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """A level as it is if it fills a stretch of memory, else copies of its pieces, in turn.
 
     Yields:
         logits, which fill a stretch of memory; targets, which lie beside them if there is one for
-        each; and, given `out`, where their gradient is to be written, beside them too.
+        each; lines, if there are any, for which no axis may be longer than `divide` allows; and,
+        given `out`, where the gradient is to be written, beside the logits too.
     """
     beside = targets if targets.dim() == logits.dim() else logits
-    if is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits)):
-        yield logits, targets, out
+    dense = is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits))
+    if dense and (lines is None or max(logits.shape) < _LONGEST):
+        yield logits, targets, lines, out
         return
     batch, classes, places = logits.shape
     rows = max(1, _PIECE // (classes * places))
@@ -116,11 +173,12 @@ def pieces(
             cut = (slice(row, row + rows), ..., slice(place, place + step))
             piece = logits[cut].contiguous()
             beside = targets[cut].contiguous() if targets.dim() == logits.dim() else targets[cut]
+            line = None if lines is None else lines[cut]
             if out is None:
-                yield piece, beside, None
+                yield piece, beside, line, None
             else:
                 gradient = torch.empty_like(piece)
-                yield piece, beside, gradient
+                yield piece, beside, line, gradient
                 out[cut] = gradient
 
 

@@ -19,6 +19,8 @@ stays below 2.4e-7, and the difference elsewhere (small delta, large scores; flo
 Sums run in float32 over a bounded number of terms, then in float64, always in the same order:
 results repeat bit by bit, whatever the number of programs. Nothing waits for the device: how many
 positives are not padding, and how the logits are shared out, is read there.
+
+With groups, H of a pair of two groups is 0; their lines (`groups`) are compared, a number each.
 """
 
 from collections.abc import Sequence
@@ -29,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .groups import Lines, lines_of
 from .levels import (
     bits_of,
     jit,
@@ -36,6 +39,7 @@ from .levels import (
     nan_maximum,
     offset_of,
     origin_of,
+    read_groups,
     read_logits,
     real,
     write_own,
@@ -48,8 +52,12 @@ FAST_RANGE = tl.constexpr(4.0)
 # Positives of a program that sums their ranks.
 _RANKED = 8
 
-# Positives that the gradient of the hard step sums at a time, at most.
-_HARD_FOLD = 16
+# Positives that the gradient sums at a time, at most, where a pair takes a comparison: under the
+# hard step, and with groups.
+_SHORT_FOLD = 16
+
+# Positives of a block that meet logits of several groups.
+_MOST_GROUPED = 64
 
 # What a block of positives is: how its row of the table is to be read.
 _FAST = tl.constexpr(0)  # 1/2 - s_i scale
@@ -120,6 +128,7 @@ def _prepare_kernel(
 @triton.jit
 def _count_tiles(
     level,
+    lines,
     share,
     block,
     partials,
@@ -135,9 +144,12 @@ def _count_tiles(
 ):
     """Adds the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
     tiles, end = share
-    shift, lowest, scale, delta = block
+    table, lowest, scale, delta, own_lines, first = block
     p = tl.arange(0, NUMBER)
-    s = tl.load(shift + p)
+    s = tl.load(table + first + p)
+    own_line = s
+    if own_lines is not None:
+        own_line = tl.load(own_lines + first + p)
     lane = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     nfp = tl.zeros((NUMBER,), tl.float64)
     seen = tl.full((LANES,), float("-inf"), s.dtype)
@@ -146,7 +158,7 @@ def _count_tiles(
         for t in tl.range(chunk, tl.minimum(chunk + FOLD, tiles), num_stages=STAGES):
             # 1. A tile of logits. Whatever is no negative becomes -inf, for which H is 0.
             local = t * (ROWS * LANES) + lane
-            v, negative, _ = read_logits(
+            v, negative, places = read_logits(
                 level, tl.minimum(local, end - 1), s.dtype, CLASS_AXIS, WIDE
             )
             v = tl.where(negative & (local < end), v, float("-inf"))
@@ -158,6 +170,9 @@ def _count_tiles(
             # 3. NFP(i) = sum_j H(x_ij), Eq. 3, if there is any x_ij >= -delta at all.
             if tl.max((highest - lowest >= -delta).to(tl.int32), 0) > 0:
                 h = _step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
+                if own_lines is not None:
+                    line = read_groups(lines[0], lines[1], level[4], places, WIDE)
+                    h = tl.where(line[:, None, :] == own_line[None, :, None], h, 0.0)
                 short += tl.sum(h, 0)
         nfp += tl.sum(short, 1).to(tl.float64)
     nfp = tl.where(tl.max((seen != seen).to(tl.int32), 0) > 0, float("nan"), nfp)
@@ -167,6 +182,7 @@ def _count_tiles(
 @triton.jit
 def _count_block(
     level,
+    lines,
     share,
     block,
     mode,
@@ -184,29 +200,18 @@ def _count_block(
     """`_count_tiles` by the way that `_prepare_kernel` chose for the block."""
     if mode == _FEW:
         _count_tiles(
-            level, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE,
+            level, lines, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE,
             ROWS, LANES, FOLD, STAGES,
         )  # fmt: skip
     elif mode == _EXACT:
         if BLOCK > FEW:
             _count_tiles(
-                level,
-                share,
-                block,
-                out,
-                False,
-                BLOCK,
-                CLASS_AXIS,
-                HARD,
-                WIDE,
-                ROWS,
-                LANES,
-                FOLD,
-                STAGES,
-            )
+                level, lines, share, block, out, False, BLOCK, CLASS_AXIS, HARD, WIDE,
+                ROWS, LANES, FOLD, STAGES,
+            )  # fmt: skip
     elif not HARD and block[1].dtype == tl.float32:
         _count_tiles(
-            level, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE,
+            level, lines, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE,
             ROWS, LANES, FOLD, STAGES,
         )  # fmt: skip
 
@@ -215,7 +220,9 @@ def _count_block(
 def _count_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
+    lines,  # likewise, int32; None without groups
     table,  # (4, padded), of `_prepare_kernel`
+    own_lines,  # (padded,) int32; None without groups
     last,  # (1,)
     partials,  # (items, BLOCK) float64, NFP of a block in a share of the logits; is added to
     padded: tl.int64,
@@ -233,6 +240,9 @@ def _count_kernel(
     targets_0,
     targets_1,
     targets_2,
+    lines_0,
+    lines_1,
+    lines_2,
     ignore_index,
     delta_bits: tl.int64,
     scale_bits: tl.int64,
@@ -251,6 +261,7 @@ def _count_kernel(
     scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
     sizes = (middle, inner, middle_magic, inner_magic)
+    grouping = (lines, (lines_0, lines_1, lines_2))
     blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
     most = tl.cdiv(tl.cdiv(size, ROWS * LANES), splits)  # tiles of a share
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
@@ -265,30 +276,19 @@ def _count_kernel(
         this = tl.cast(item % blocks, tl.int64)
         lowest = tl.load(table + 2 * padded + this)
         mode = tl.load(table + 3 * padded + this)
-        block = (table + this * BLOCK, lowest, scale, delta)
+        block = (table, lowest, scale, delta, own_lines, this * BLOCK)
         out = partials + tl.cast(item, tl.int64) * BLOCK
         _count_block(
-            level,
-            share,
-            block,
-            mode,
-            out,
-            CLASS_AXIS,
-            HARD,
-            WIDE,
-            BLOCK,
-            FEW,
-            ROWS,
-            LANES,
-            FOLD,
-            STAGES,
-        )
+            level, grouping, share, block, mode, out, CLASS_AXIS, HARD, WIDE, BLOCK, FEW,
+            ROWS, LANES, FOLD, STAGES,
+        )  # fmt: skip
 
 
 @jit
 def _rank_kernel(
     scores,  # (P,), as in `_prepare_kernel`
     values,  # (P,) float64
+    own_lines,  # (padded,) int32; None without groups
     last,  # (1,)
     partials,  # (items, BLOCK) float64, summed over all levels
     nfp,  # (P,) float64, out; so are the next two
@@ -311,6 +311,9 @@ def _rank_kernel(
     s_i = tl.where(valid, s_i, float("inf"))
     scale = real(scale_bits, s_i.dtype)
     lane = tl.arange(0, LANES)
+    line_i = i
+    if own_lines is not None:
+        line_i = tl.load(own_lines + i, mask=i < positives, other=-1)
 
     # 1. rank+(i) = 1 + sum_{k != i} H(x_ik), Eq. 3; S(i) = sum_{k != i} values(k) H(x_ik), Eq. 10.
     rank = tl.zeros((NUMBER, LANES), tl.float64)
@@ -323,6 +326,9 @@ def _rank_kernel(
         value = tl.load(values + k, mask=(k < behind) & (s_k != float("-inf")), other=0.0)
         poison |= (s_k != s_k).to(tl.int32)
         h = _step(s_k[None, :], s_i[:, None], scale, False, HARD).to(tl.float64)
+        if own_lines is not None:
+            line = tl.load(own_lines + k, mask=k < behind, other=-1)
+            h = tl.where(line[None, :] == line_i[:, None], h, 0.0)
         h = tl.where(k[None, :] == i[:, None], 0.0, h)
         rank += h
         total += h * value[None, :]
@@ -346,8 +352,8 @@ def _rank_kernel(
 @triton.jit
 def _add_block(
     v,
-    shift,
-    padded,
+    line,
+    block,
     number,
     scale,
     total,
@@ -356,10 +362,14 @@ def _add_block(
     FOLD: tl.constexpr,
 ):
     """total (ROWS, LANES) + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
+    table, own_lines, start, padded = block
+    shift = table + start
     for first in range(0, number, FOLD):
         short = tl.zeros(v.shape, v.dtype)
         for p in tl.static_range(FOLD):
             s, w = tl.load(shift + first + p), tl.load(shift + padded + first + p)
+            if own_lines is not None:
+                w = tl.where(line == tl.load(own_lines + start + first + p), w, 0.0)
             short = tl.fma(_step(v, s, scale, FAST, HARD), w, short)
         total += short.to(tl.float64)
     return total
@@ -369,7 +379,9 @@ def _add_block(
 def _gradient_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
+    lines,  # likewise, int32; None without groups
     table,  # (4, padded), of `_prepare_kernel`
+    own_lines,  # (padded,) int32; None without groups
     last,  # (1,)
     out,  # like logits
     padded: tl.int64,
@@ -384,6 +396,9 @@ def _gradient_kernel(
     targets_0,
     targets_1,
     targets_2,
+    lines_0,
+    lines_1,
+    lines_2,
     out_0,
     out_1,
     out_2,
@@ -416,18 +431,23 @@ def _gradient_kernel(
     total = tl.where(negative & (v != v) & (behind > 0), float("nan"), 0.0).to(tl.float64)
     v = tl.where(negative & inside & (v == v), v, float("-inf"))
     highest = tl.max(tl.max(v, 0), 0)
+    line = local
+    if lines is not None:
+        line = read_groups(lines, (lines_0, lines_1, lines_2), origin, places, WIDE)
 
     # 2. Block by block of positives, those that all lie above by more than delta left out.
     for first in range(0, behind, BLOCK):
-        shift = table + first
+        block = (table, own_lines, first, padded)
         lowest = tl.load(table + 2 * padded + first // BLOCK)
         mode = tl.load(table + 3 * padded + first // BLOCK)
         number = tl.minimum(behind - first, BLOCK)
+        if lines is not None:  # what is not finite reaches the logits of other groups too
+            total += tl.where(lowest == float("-inf"), float("nan"), 0.0)
         if highest - lowest >= -delta:
             if (not HARD and dtype == tl.float32) and mode == _FAST:
-                total = _add_block(v, shift, padded, number, scale, total, True, HARD, FOLD)
+                total = _add_block(v, line, block, number, scale, total, True, HARD, FOLD)
             else:
-                total = _add_block(v, shift, padded, number, scale, total, False, HARD, FOLD)
+                total = _add_block(v, line, block, number, scale, total, False, HARD, FOLD)
 
     # 3. Rounded once; by way of float32, as torch rounds to 16 bits.
     total = tl.where(negative, total, 0.0)
@@ -441,7 +461,9 @@ class _Prepared(NamedTuple):
     common: dict[str, Any]  # arguments that every kernel takes
 
 
-def choose_tiles(levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None = None) -> Tiles:
+def choose_tiles(
+    levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None = None, grouped: bool = False
+) -> Tiles:
     """The sizes for a call, those of its class if none are given."""
     if tiles is None:
         dtype = levels[0].dtype if levels else scores.dtype
@@ -456,14 +478,30 @@ def choose_tiles(levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None =
             gradient_block=min(tiles.gradient_block, 16),
             gradient_rows=1,
         )
+    if grouped:  # the line of every logit is in a register too
+        return tiles._replace(
+            few=min(tiles.few, 16),
+            count_block=min(tiles.count_block, _MOST_GROUPED),
+            count_rows=min(tiles.count_rows, 2),
+            gradient_rows=min(tiles.gradient_rows, 4),
+        )
     return tiles
 
 
 def _prepare(
-    scores: Tensor, weights: Tensor | None, delta: float, block: int, few: int
+    scores: Tensor,
+    weights: Tensor | None,
+    lines: Lines | None,
+    delta: float,
+    block: int,
+    few: int,
 ) -> _Prepared:
     blocks = triton.cdiv(scores.numel(), block)
     table = scores.new_empty((4, blocks * block))
+    own_lines = None
+    if lines is not None:
+        behind = table.shape[1] - scores.numel()
+        own_lines = torch.nn.functional.pad(lines.own, (0, behind), value=-1)
     last = torch.zeros(1, dtype=torch.int32, device=scores.device)
     common = {
         "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
@@ -481,7 +519,27 @@ def _prepare(
         num_warps=1,
         **common,
     )
-    return _Prepared(table, last, common)
+    return _Prepared(table, last, {"own_lines": own_lines, **common})
+
+
+def _of_level(
+    logits: Tensor, targets: Tensor, lines: Tensor | None, out: Tensor | None = None
+) -> dict[str, Any]:
+    """Arguments that describe a level."""
+    layout = lay_out(logits, targets, out, lines)
+    strides = {name.replace("groups", "lines"): x for name, x in layout.strides.items()}
+    return {
+        "logits": logits,
+        "targets": targets,
+        "lines": lines,
+        "lines_0": 0,
+        "lines_1": 0,
+        "lines_2": 0,
+        **layout.sizes,
+        **strides,
+        "CLASS_AXIS": layout.class_axis,
+        "WIDE": layout.wide,
+    }
 
 
 def count(
@@ -498,7 +556,7 @@ def count(
     """NFP(i), rank+(i) and S(i), as `reference.pairwise.count`; scores may hold padding.
 
     Args:
-        logits, targets, values, delta, ignore_index: as there.
+        logits, targets, values, delta, ignore_index, groups, own_groups: as there.
         scores: (P,) finite scores of the positives, -inf for padding, anywhere.
         tiles: sizes of the kernels, if not those of the call's class on the device.
 
@@ -509,17 +567,17 @@ def count(
     nfp, rank_positive, value_sum = (
         torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
     )
-    if own_groups is not None:
-        raise NotImplementedError("groups")
     positives = scores.numel()
     if not positives:
         return nfp, rank_positive, value_sum
     with torch.cuda.device_of(scores):
-        tiles = choose_tiles(logits, scores, tiles)
-        table, last, common = _prepare(scores, None, delta, tiles.count_block, tiles.few)
+        tiles = choose_tiles(logits, scores, tiles, own_groups is not None)
+        lines = lines_of(groups, own_groups)
+        table, last, common = _prepare(scores, None, lines, delta, tiles.count_block, tiles.few)
         lanes = tiles.lanes * tiles.count_warps
-        pairs = [pair for pair in zip(logits, targets, strict=True) if pair[0].numel()]
-        longest = max((level.numel() for level, _ in pairs), default=0)
+        of_levels = [None] * len(logits) if lines is None else lines.levels
+        levels = [x for x in zip(logits, targets, of_levels, strict=True) if x[0].numel()]
+        longest = max((level[0].numel() for level in levels), default=0)
         blocks = table.shape[1] // tiles.count_block
         shares = {
             "programs": tiles.count_programs,
@@ -530,11 +588,8 @@ def count(
         items = min(items, blocks * shares["most_splits"])
         shape = (items, tiles.count_block)
         partials = torch.zeros(shape, dtype=torch.float64, device=scores.device)
-        for level, target in pairs:
-            layout = lay_out(level, target)
+        for level in levels:
             _count_kernel[(items,)](
-                logits=level,
-                targets=target,
                 table=table,
                 last=last,
                 partials=partials,
@@ -542,10 +597,7 @@ def count(
                 ignore_index=ignore_index,
                 delta_bits=bits_of(delta),
                 **shares,
-                **layout.sizes,
-                **layout.strides,
-                CLASS_AXIS=layout.class_axis,
-                WIDE=layout.wide,
+                **_of_level(*level),
                 FEW=tiles.few,
                 ROWS=tiles.count_rows,
                 LANES=lanes,
@@ -588,38 +640,33 @@ def gradient(
     """The gradient by every logit, as `reference.pairwise.gradient`; positives may hold padding.
 
     Args:
-        logits, targets, weights, own, delta, ignore_index: as there.
+        logits, targets, weights, own, delta, ignore_index, groups, own_groups: as there.
         index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
         scores: (P,) finite scores of the positives, -inf for padding.
         tiles: sizes of the kernels, if not those of the call's class on the device.
     """
-    if own_groups is not None:
-        raise NotImplementedError("groups")
     gradients = [torch.empty_like(level) for level in logits]
     with torch.cuda.device_of(scores):
-        tiles = choose_tiles(logits, scores, tiles)
+        tiles = choose_tiles(logits, scores, tiles, own_groups is not None)
         block, rows = tiles.gradient_block, tiles.gradient_rows
-        table, last, common = _prepare(scores, weights, delta, block, tiles.few)
+        lines = lines_of(groups, own_groups)
+        table, last, common = _prepare(scores, weights, lines, delta, block, tiles.few)
+        of_levels = [None] * len(logits) if lines is None else lines.levels
         lanes = tiles.lanes * tiles.gradient_warps
-        # The hard step compares and selects: with more positives at a time registers run out.
-        fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
-        for level, target, out in zip(logits, targets, gradients, strict=True):
-            size = level.numel()
-            if size:
-                layout = lay_out(level, target, out)
-                _gradient_kernel[(triton.cdiv(size, rows * lanes),)](
-                    logits=level,
-                    targets=target,
+        # Who compares and selects runs out of registers with more positives at a time.
+        fold = min(tiles.gradient_fold, block)
+        if delta == 0 or lines is not None:
+            fold = min(fold, _SHORT_FOLD)
+        for level, target, line, out in zip(logits, targets, of_levels, gradients, strict=True):
+            if level.numel():
+                _gradient_kernel[(triton.cdiv(level.numel(), rows * lanes),)](
                     table=table,
                     last=last,
                     out=out,
                     padded=table.shape[1],
                     ignore_index=ignore_index,
                     delta_bits=bits_of(delta),
-                    **layout.sizes,
-                    **layout.strides,
-                    CLASS_AXIS=layout.class_axis,
-                    WIDE=layout.wide,
+                    **_of_level(level, target, line, out),
                     ROWS=rows,
                     LANES=lanes,
                     FOLD=fold,

@@ -58,7 +58,7 @@ def _read_tile(
     nan = negative & (v != v)
     group = inside
     if groups is not None:
-        group = read_groups(groups[0], groups[1], level[4], places, WIDE)
+        group = read_groups(groups[0], groups[1], level[4], places, WIDE).to(tl.int64)
     return tl.where(negative & (v == v), v, float("-inf")), nan, group, places
 
 

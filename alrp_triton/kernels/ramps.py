@@ -1,4 +1,4 @@
-"""The gradient by the negatives: between two edges it is a line, which is looked up."""
+"""The gradient by the negatives: between two edges it is a straight ramp, which is looked up."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .edges import Edges, find, read_limits
+from .edges import ANY_POSITIVE, BAD_WEIGHT, HALVINGS, Edges, find, read_limits
+from .groups import Lines
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
     is_aligned,
     lay_out_anchors,
+    lay_out_lines,
+    line_of_tile,
     pattern_of,
     pattern_scores,
     pieces,
     read_anchors,
+    read_lines,
     read_tile,
     write_tile,
 )
@@ -31,6 +35,7 @@ def _slopes_kernel(
     ranks,
     weights,  # (P,) float64
     jump,  # (1, 2P) float64, out: how the slope of the gradient changes at each edge
+    known,  # (_KNOWN,) int32, out
     positives,
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
@@ -43,6 +48,8 @@ def _slopes_kernel(
     place = tl.load(order + i, mask=mask, other=0)
     weight = tl.load(weights + place, mask=mask & (s != float("-inf")), other=0.0)
     weight = tl.where(s == s, weight, float("nan"))
+    bad = tl.max((weight - weight != 0.0).to(tl.int32), 0)
+    tl.atomic_max(known + BAD_WEIGHT, bad, sem="relaxed")
     steep = tl.where(delta == 0.0, weight, weight / (2 * delta))
     tl.store(jump + tl.load(ranks + i, mask=mask, other=0), steep, mask=mask)
     at = tl.load(ranks + positives + i, mask=mask, other=0)
@@ -50,23 +57,25 @@ def _slopes_kernel(
 
 
 @jit
-def _lines_kernel(
+def _ramps_kernel(
     keys,
     high,
     low,
     windows,
     running,  # (1, 2P) float64: the slope behind each edge; under the hard step, the value
     integral,  # (1, 2P) float64: the value at each edge
-    lines,  # (1 + 2P,) int64, or (2, 1 + 2P) float64, out: see `_write_line`; the first is nothing
+    ramps,  # (1 + 2P,) int64, or (2, 1 + 2P) float64, out: see `_write_ramp`
+    known,
     edges,
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """The gradient as a line behind each rounded edge; 0 in front of the first."""
+    """The gradient as a ramp behind each rounded edge."""
     edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = edge < edges
     # 0, or NaN if any weight is not finite: that reaches every logit, since 0 times it is NaN.
-    nothing = 0.0 * tl.load(running + edges - 1)
+    nan = tl.zeros((BLOCK,), tl.float64) + float("nan")
+    nothing = tl.where(tl.load(known + BAD_WEIGHT) > 0, nan, 0.0)
     hard = real(delta_bits, tl.float64) == 0.0
     slope = tl.load(running + edge, mask=mask, other=0.0)
     value = tl.where(hard, slope, tl.load(integral + edge, mask=mask, other=0.0))
@@ -76,77 +85,99 @@ def _lines_kernel(
     rounded = tl.load(keys + edge, mask=mask, other=0.0).to(tl.float64) - start
     rounded -= tl.load(low + edge, mask=mask, other=0.0)
     value = tl.where(slope != 0.0, value + slope * rounded, value) + nothing
-    _write_line(lines, edge + 1, value, slope, edges, mask)
-    _write_line(lines, edge, nothing + tl.zeros_like(value), tl.zeros_like(slope), edges, edge == 0)
+    _write_ramp(ramps, edge + 1, value, slope, edges, mask)
+    # In front of all of them: what a logit gets that is relevant to nobody, and one that is NaN.
+    lost = tl.where(tl.load(known + ANY_POSITIVE) > 0, nan, 0.0)
+    _write_ramp(ramps, edge, nothing, lost, edges, edge == 0)
 
 
 @triton.jit
-def _write_line(lines, place, value, slope, edges, mask):
+def _write_ramp(ramps, place, value, slope, edges, mask):
     """Value and slope side by side: as 32 bits each they are read at once."""
-    if lines.dtype.element_ty == tl.int64:
+    if ramps.dtype.element_ty == tl.int64:
         value = value.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         slope = slope.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << 32
-        tl.store(lines + place, value | slope, mask=mask)
+        tl.store(ramps + place, value | slope, mask=mask)
     else:
-        tl.store(lines + place, value, mask=mask)
-        tl.store(lines + edges + 1 + place, slope, mask=mask)
+        tl.store(ramps + place, value, mask=mask)
+        tl.store(ramps + edges + 1 + place, slope, mask=mask)
 
 
 @triton.jit
-def _read_line(lines, place, edges):
-    """(value, slope) that `_write_line` has written."""
-    if lines.dtype.element_ty == tl.int64:
-        line = tl.load(lines + place)
-        value = line.to(tl.int32).to(tl.float32, bitcast=True)
-        return value, (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def _read_ramp(ramps, place, edges):
+    """(value, slope) that `_write_ramp` has written."""
+    if ramps.dtype.element_ty == tl.int64:
+        ramp = tl.load(ramps + place)
+        value = ramp.to(tl.int32).to(tl.float32, bitcast=True)
+        return value, (ramp >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
-        return tl.load(lines + place), tl.load((lines + (edges + 1)) + place)
+        return tl.load(ramps + place), tl.load((ramps + (edges + 1)) + place)
 
 
 @triton.jit
-def _evaluate(s, keys, table, halvings, limits, lines, edges):
+def _evaluate(s, line, limits, look_up, ramps, edges):
     """The gradient at scores that may be anything; `limits[0]` is inf where nobody is positive."""
-    nothing, flat = _read_line(lines, 0, edges)
     inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-    found = find(inner, keys, table, halvings, limits)
-    value, slope = _read_line(lines, found, edges)
-    g = tl.fma(slope, inner - tl.load((keys - 1) + found), value)
-    return tl.where(s >= limits[0], g, nothing + flat)
+    found = find(inner, line, limits, look_up)
+    value, slope = _read_ramp(ramps, found, edges)
+    g = tl.fma(slope, inner - tl.load((look_up[0] - 1) + found), value)
+    return tl.where(s >= limits[0], g, _read_ramp(ramps, 0, edges)[0])
 
 
 @jit
-def _pattern_lines_kernel(
+def _pattern_ramps_kernel(
     logits,  # for its dtype
-    lines,
+    ramps,
     out,  # (65,536,) of the logits' dtype: the gradient at each bit pattern
     keys,
     table,
-    halvings,
+    known,
     limits,
+    ends,
+    cells,
     edges,
     BLOCK: tl.constexpr,
 ):
     """Evaluates the gradient at every 16-bit logit there is."""
     pattern, s = pattern_scores(logits, BLOCK)
-    limits = read_limits(limits)
+    look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
     ordered = tl.where(s == s, s, 0.0)
-    g = _evaluate(ordered, keys, table, tl.load(halvings), limits, lines, edges)
-    g = tl.where(s == s, g, tl.where(limits[0] < float("inf"), float("nan"), 0.0))
+    g = _evaluate(ordered, 0, read_limits(limits, 0), look_up, ramps, edges)
+    g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
     tl.store(out + pattern, g.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _gradient_of_tile(s, highest, line, limits, look_up, ramps, edges):
+    """The gradient at a tile of scores that lies on one line; NaN is left to others."""
+    g = tl.zeros(s.shape, s.dtype) + _read_ramp(ramps, 0, edges)[0]
+    if (highest >= limits[0]) | (highest != highest):
+        g = _evaluate(s, line, limits, look_up, ramps, edges)
+    return g
 
 
 @jit
 def _gradient_kernel(
     logits,  # (size,) as they lie in memory
     targets,  # (size,) beside them, or None under class indices
-    patterns,  # (65,536,) of 16-bit logits, else None
-    lines,
+    lines,  # int32, see `memory.lay_out_lines`; None without groups
+    patterns,  # (65,536,) of 16-bit logits without groups, else None
+    ramps,
     out,  # (size,) beside the logits
     keys,
     table,
-    halvings,
+    known,
     limits,
+    ends,
     size: tl.int64,
+    lines_0: tl.int64,
+    lines_1: tl.int64,
+    lines_2: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
+    cells,
     edges,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -160,14 +191,22 @@ def _gradient_kernel(
         g = tl.load(patterns + pattern_of(raw))
     else:
         s = raw.to(dtype)
-        limits = read_limits(limits)
+        look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
         highest = tl.reduce(tl.reduce(s, 0, nan_maximum), 0, nan_maximum)
-        g = tl.zeros((ROWS, LANES), dtype) + _read_line(lines, 0, edges)[0]
-        nan = (highest != highest) & (limits[0] < float("inf"))
-        if (highest >= limits[0]) | nan:
-            g = _evaluate(s, keys, table, tl.load(halvings), limits, lines, edges)
-        if nan:
-            g = tl.where(s == s, g, float("nan"))
+        if lines is None:
+            g = _gradient_of_tile(s, highest, 0, read_limits(limits, 0), look_up, ramps, edges)
+        else:
+            sizes = (middle, inner, middle_magic, inner_magic)
+            grouping = (lines, (lines_0, lines_1, lines_2), sizes)
+            alone, line, origin = line_of_tile(grouping, tile, size, ROWS, LANES)
+            if alone:
+                of_line = read_limits(limits, line)
+                g = _gradient_of_tile(s, highest, line, of_line, look_up, ramps, edges)
+            else:
+                each = read_lines(grouping, origin, behind, ROWS, LANES)
+                g = _evaluate(s, each, read_limits(limits, each), look_up, ramps, edges)
+        if highest != highest:
+            g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
     if targets is not None:
         negative = read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0
         g = tl.where(negative, g, 0.0)
@@ -201,7 +240,7 @@ def _clear_kernel(
         tl.store(out + at, nothing, mask=mask)
 
 
-def write_lines(
+def write_gradient(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -210,18 +249,21 @@ def write_lines(
     delta: float,
     ignore_index: int,
     tiles: BreakpointTiles,
+    lines: Lines | None,
 ) -> None:
     """Writes the gradient by every negative into the levels' gradients, and 0 everywhere else."""
-    lines = _lines(edges, weights, delta, tiles)
+    ramps = _ramps(edges, weights, delta, tiles)
     number = edges.high.numel()
     patterns = None
-    for level, target, out in zip(logits, targets, gradients, strict=True):
-        for piece, beside, slot in pieces(level, target, out) if level.numel() else ():
-            if piece.element_size() == 2 and patterns is None:
+    of_levels = [None] * len(logits) if lines is None else lines.levels
+    for level, target, of_level, out in zip(logits, targets, of_levels, gradients, strict=True):
+        cut = pieces(level, target, of_level, out) if level.numel() else ()
+        for piece, beside, line, slot in cut:
+            if piece.element_size() == 2 and lines is None and patterns is None:
                 patterns = piece.new_empty(PATTERNS)
-                _pattern_lines_kernel[(PATTERNS // tiles.patterns,)](
+                _pattern_ramps_kernel[(PATTERNS // tiles.patterns,)](
                     logits=piece,
-                    lines=lines,
+                    ramps=ramps,
                     out=patterns,
                     edges=number,
                     BLOCK=tiles.patterns,
@@ -233,7 +275,7 @@ def write_lines(
                 logits=piece,
                 targets=beside if per_logit else None,
                 patterns=patterns,
-                lines=lines,
+                ramps=ramps,
                 out=slot,
                 size=piece.numel(),
                 edges=number,
@@ -241,6 +283,7 @@ def write_lines(
                 ROWS=tiles.gradient_rows,
                 LANES=tiles.lanes,
                 num_warps=1,
+                **lay_out_lines(piece, line),
                 **edges.look_up,
             )
             if not per_logit:
@@ -254,8 +297,8 @@ def write_lines(
                 )
 
 
-def _lines(edges: Edges, weights: Tensor, delta: float, tiles: BreakpointTiles) -> Tensor:
-    """The gradient's value and slope behind each edge, see `_lines_kernel`."""
+def _ramps(edges: Edges, weights: Tensor, delta: float, tiles: BreakpointTiles) -> Tensor:
+    """The gradient's value and slope behind each edge, see `_ramps_kernel`."""
     number = edges.high.numel()
     jump = edges.high.new_empty((1, number))
     _slopes_kernel[(triton.cdiv(number // 2, tiles.block),)](
@@ -264,25 +307,29 @@ def _lines(edges: Edges, weights: Tensor, delta: float, tiles: BreakpointTiles) 
         ranks=edges.ranks,
         weights=weights.contiguous(),
         jump=jump,
+        known=edges.known,
         positives=number // 2,
         delta_bits=bits_of(delta),
         BLOCK=tiles.block,
     )
-    running, integral = integrate(jump, None, edges.high, edges.low, edges.windows, backward=False)
+    running, integral = integrate(
+        jump, None, edges.high, edges.low, edges.windows, edges.starts, each=2, backward=False
+    )
     if edges.scores.dtype == torch.float64:
-        lines = jump.new_empty((2, 1 + number))
+        ramps = jump.new_empty((2, 1 + number))
     else:
-        lines = jump.new_empty(1 + number, dtype=torch.int64)
-    _lines_kernel[(triton.cdiv(number, tiles.block),)](
+        ramps = jump.new_empty(1 + number, dtype=torch.int64)
+    _ramps_kernel[(triton.cdiv(number, tiles.block),)](
         keys=edges.keys,
         high=edges.high,
         low=edges.low,
         windows=edges.windows,
         running=running,
         integral=integral,
-        lines=lines,
+        ramps=ramps,
+        known=edges.known,
         edges=number,
         delta_bits=bits_of(delta),
         BLOCK=tiles.block,
     )
-    return lines
+    return ramps
