@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -296,9 +297,10 @@ def error_driven_loss(
     Args:
         logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
             module (`help(alrp_triton.functional)`).
-        errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, (P,); the
-            error that a perfect ranking would leave, (P,) or a number; the normaliser, a scalar.
-            It runs without gradients. Entries of padding are masked out afterwards.
+        errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, and the error
+            that a perfect ranking would leave, each (P,), or a scalar for all of them; the
+            normaliser, a scalar. Scalars may be numbers, tensors of any real dtype. It runs without
+            gradients. Entries of padding are masked out afterwards.
         values: (P,) floating, a number for each positive (an IoU, say), in the order of the
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.
@@ -339,23 +341,41 @@ def error_driven_loss(
     ranking = dataclasses.replace(ranking, skew=_check_skew(skew, algorithm))
     counts = rank_positives(ranking, values)
     with torch.no_grad():
-        error, target, normaliser = errors_fn(counts)
-        errors = Errors(
-            _one_per_positive("l", error, counts),
-            _one_per_positive("l*", target, counts),
-            normaliser,
-        )
+        # A copy of what the update is made of: errors_fn may write into what it is given.
+        returned = errors_fn(dataclasses.replace(counts, nfp=counts.nfp.clone()))
+        errors = _check_errors(returned, counts.nfp)
     return attach(mean_error(errors, ranking), counts, errors, ranking)
 
 
-def _one_per_positive(name: str, given: Tensor | float, counts: Counts) -> Tensor:
-    """(P,) float64 of what an errors function returned; a number stands for every positive."""
-    if isinstance(given, Tensor) and given.shape != counts.nfp.shape:
-        raise ValueError(
-            f"errors_fn: expected {name} of shape {tuple(counts.nfp.shape)}, one entry for "
-            f"each positive, got {tuple(given.shape)}"
+def _check_errors(returned: Any, nfp: Tensor) -> Errors:
+    """What an errors function returned, l and l* as (P,) float64; a scalar is that of each."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 3:
+        number = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
+        raise TypeError(
+            f"errors_fn: expected it to return (l, l*, Z), got {type(returned).__name__}{number}"
         )
-    return torch.zeros_like(counts.nfp) + given
+    error, target, normaliser = returned
+    _check_returned("l", error, nfp, per_positive=True)
+    _check_returned("l*", target, nfp, per_positive=True)
+    _check_returned("Z", normaliser, nfp, per_positive=False)
+    zeros = torch.zeros_like(nfp)
+    return Errors(zeros + error, zeros + target, normaliser)
+
+
+def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> None:
+    if not isinstance(given, (Tensor, int, float)):
+        raise TypeError(
+            f"errors_fn: expected {name} as a tensor or a number, got {type(given).__name__}"
+        )
+    if not isinstance(given, Tensor) or given.dim() == 0:
+        return
+    expected = f"{tuple(nfp.shape)}, one entry for each positive, or ()" if per_positive else "()"
+    if not per_positive or given.shape != nfp.shape:
+        raise ValueError(
+            f"errors_fn: expected {name} of shape {expected}, got {tuple(given.shape)}"
+        )
+    if given.device != nfp.device:
+        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
 
 
 def _check_skew(skew: float, algorithm: str) -> float:

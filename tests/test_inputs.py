@@ -525,21 +525,68 @@ def test_wrong_input_names_the_argument(change, error, message):
 def test_wrong_errors_function_is_named():
     with pytest.raises(TypeError, match="errors_fn: expected a function of Counts, got str"):
         error_driven_loss(LOGITS, TARGETS, "ap")
-    with pytest.raises(ValueError, match=r"errors_fn: expected l of shape \(3,\).*got \(1,\)"):
-        error_driven_loss(LOGITS, TARGETS, lambda c: (c.nfp[:1], c.nfp, 1.0))
 
 
-def test_errors_function_may_return_numbers_and_float32(algorithm):
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda c: (c.nfp[:1], c.nfp, 1.0), ValueError, r"l of shape \(3,\).*got \(1,\)"),
+        (lambda c: (c.nfp, c.nfp[:, None], 1.0), ValueError, r"l\* of shape .*got \(3, 1\)"),
+        (lambda c: (c.nfp, 0.0, c.rank), ValueError, r"Z of shape \(\), got \(3,\)"),
+        (lambda c: (c.nfp.to("meta"), 0.0, 1.0), ValueError, "l on cpu, got meta"),
+        (lambda c: ([0.1] * 3, 0.0, 1.0), TypeError, "l as a tensor or a number, got list"),
+        (lambda c: (c.nfp, None, 1.0), TypeError, r"l\* as a tensor or a number, got NoneType"),
+        (lambda c: (c.nfp, 0.0, "3"), TypeError, "Z as a tensor or a number, got str"),
+        (lambda c: (c.nfp, 0.0), TypeError, r"it to return \(l, l\*, Z\), got tuple of 2"),
+        (lambda c: c.nfp, TypeError, r"it to return \(l, l\*, Z\), got Tensor"),
+        (lambda c: None, TypeError, r"it to return \(l, l\*, Z\), got NoneType"),
+    ],
+)
+def test_what_an_errors_function_may_not_return(returned, error, message):
+    with pytest.raises(error, match=f"^errors_fn: expected {message}"):
+        error_driven_loss(LOGITS, TARGETS, returned)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda error, counts: (error.float(), 0.0, 12),
+        lambda error, counts: [error, torch.tensor(0), len(counts.nfp)],
+        lambda error, counts: (error, torch.zeros(12, dtype=torch.float16), torch.tensor(12.0)),
+    ],
+)
+def test_errors_function_may_return_numbers_and_other_dtypes(algorithm, form):
     logits, targets = detector_batch("mid", 200, 3, 12)
     logits.requires_grad_()
-
-    def precision_error(counts):
-        return (counts.nfp / counts.rank).float(), 0.0, 12
-
-    loss = error_driven_loss(logits, targets, precision_error, algorithm=algorithm)
+    loss = error_driven_loss(
+        logits, targets, lambda c: form(c.nfp / c.rank, c), algorithm=algorithm
+    )
     (got,) = torch.autograd.grad(loss, logits)
     (expected,) = torch.autograd.grad(ap_loss(logits, targets, algorithm=algorithm), logits)
+    assert loss.dim() == 0
     assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_an_error_for_all_positives_may_be_a_scalar():
+    """A tensor or a number: every positive gets it, negatives being near, and the loss is it."""
+    logits, targets = detector_batch("init", 200, 3, 12)
+    for error in (0.5, torch.tensor(0.5)):
+        leaf = logits.clone().requires_grad_()
+        loss = error_driven_loss(leaf, targets, lambda c, e=error: (e, 0.0, c.num_positives))
+        loss.backward()
+        anchors = (targets >= 0).nonzero()[:, 0]
+        assert loss == 0.5
+        assert torch.equal(leaf.grad[anchors, targets[anchors]], torch.full((12,), -0.5 / 12))
+
+
+def test_an_errors_function_may_write_into_its_counts():
+    """The update is made of what was counted, and stays balanced."""
+    logits, targets = detector_batch("mid", 200, 3, 12)
+    logits.requires_grad_()
+    loss = error_driven_loss(logits, targets, lambda c: (c.nfp.div_(c.rank), 0.0, 12))
+    (got,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(ap_loss(logits, targets), logits)
+    assert torch.equal(got, expected)
 
 
 def test_backend_set_once_for_a_program():
