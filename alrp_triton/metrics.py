@@ -96,7 +96,8 @@ class LRP(Metric):
     What is true or false is decided as COCO does, see `match_detections`.
 
     With torchmetrics installed this is a `torchmetrics.Metric`: for a `MetricCollection`, and over
-    all ranks of a distributed evaluation. Without, it has the same methods for a single process.
+    all ranks of a distributed evaluation. Without, it has `update`, `compute`, `reset` and the call
+    that does both for a batch, for a single process.
     Detections are kept (in float64, on the device they came on) until `reset()`.
 
     Args:

@@ -263,6 +263,136 @@ def test_alrp_head(backend):
     assert relative_error(regression_losses.grad, case.alrp_loc_hard_grad) < 1e-10
 
 
+class ALRPHead:
+    """What the heads for aLRP do with the maps of all levels, and how they balance themselves."""
+
+    def __init__(self, num_classes: int, period: int) -> None:
+        self.aLRP_Loss = aLRPLoss()
+        self.num_classes, self.period = num_classes, period
+        self.weight, self.history = 50.0, []
+
+    def flatten(
+        self, maps: list[Tensor], labels: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and marks of all levels in one row.
+
+        Args:
+            maps: (B, A*C, H, W) each.
+            labels: (B, H, W, A) each, C for background.
+            weights: like labels, 0 for ignored anchors.
+        """
+        rows = [x.permute(0, 2, 3, 1).reshape(-1, self.num_classes) for x in maps]
+        label = torch.cat([x.reshape(-1) for x in labels])
+        weight = torch.cat([x.reshape(-1) for x in weights])
+        marks = torch.zeros(len(label), self.num_classes, dtype=torch.int64)
+        marks[label < self.num_classes, label[label < self.num_classes]] = 1
+        marks[weight == 0] = -1
+        return torch.cat(rows).reshape(-1), marks.reshape(-1)
+
+    def loss(self, logits: Tensor, marks: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss_cls, loss_bbox), the latter with its weight, of a loss of the box of each positive.
+
+        The iteration that ends a period has the new weight already.
+        """
+        loss_cls, rank, order = self.aLRP_Loss.apply(logits, marks, boxes)
+        ordered = boxes[order.detach()].flip(dims=[0])
+        rank = rank[order.detach()].detach().flip(dims=[0])
+        loss_bbox = (torch.cumsum(ordered, dim=0) / rank).mean()
+        self.history.append((float(loss_cls.item()), float(loss_bbox.item())))
+        if len(self.history) == self.period:
+            cls, loc = np.mean(self.history, axis=0)
+            self.weight, self.history = (loc + cls) / loc, []
+        loss_bbox *= self.weight
+        return loss_cls, loss_bbox
+
+
+def head_batch(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Two levels of two images, three anchors and four classes: maps, labels and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (6, 5), (3, 2)
+    maps = [2 * torch.randn(2, 3 * 4, *hw, generator=generator).double() for hw in sizes]
+    labels = [torch.randint(5, (2, *hw, 3), generator=generator) for hw in sizes]
+    for x in labels:
+        x[torch.rand(x.shape, generator=generator) < 0.8] = 4
+    weights = [torch.ones(x.shape) for x in labels]
+    weights[0][(torch.rand(labels[0].shape, generator=generator) < 0.1) & (labels[0] == 4)] = 0
+    return maps, labels, weights
+
+
+def as_class_indices(labels: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """(B * A, H, W) each, as `alrp_loss` takes them without flattening anything."""
+    return [
+        label.masked_fill(weight == 0, -100).permute(0, 3, 1, 2).flatten(0, 1)
+        for label, weight in zip(labels, weights, strict=True)
+    ]
+
+
+def test_alrp_head_on_levels_over_three_periods():
+    """Losses, weights and every gradient by hand; cls is that of `alrp_loss` on the maps."""
+    head, period, weight, seen = ALRPHead(num_classes=4, period=2), 2, 50.0, []
+    for iteration in range(6):
+        maps, labels, weights = head_batch(iteration)
+        maps = [x.requires_grad_() for x in maps]
+        logits, marks = head.flatten(maps, labels, weights)
+        boxes = torch.rand(int((marks == 1).sum())).double().requires_grad_()
+        loss_cls, loss_bbox = head.loss(logits, marks, boxes)
+        (3 * (loss_cls + loss_bbox)).backward()
+
+        plain = Plain(logits.detach(), marks.double(), 1.0, 1e-5)
+        errors = boxes.detach()
+        cls, gradient = plain.alrp(errors)
+        above = plain.step(plain.logits - plain.logits[marks == 1][:, None])
+        above[:, marks == 1] = above[:, marks == 1].fill_diagonal_(1)
+        rank = above[:, marks >= 0].sum(1)
+        scores = plain.logits[marks == 1]
+        no_lower = (scores >= scores[:, None]).double()  # no two are equal
+        loc = (no_lower @ errors / rank).mean()
+        seen.append((cls, loc))
+        if len(seen) == period:
+            total_cls, total_loc = map(sum, zip(*seen, strict=True))
+            weight, seen = (total_cls + total_loc) / total_loc, []
+
+        assert relative_error(loss_cls, cls) < 1e-10
+        assert relative_error(loss_bbox, weight * loc) < 1e-10
+        by_boxes = weight * (no_lower / rank[:, None]).sum(0) / len(errors)
+        assert relative_error(boxes.grad, 3 * by_boxes) < 1e-10
+
+        leaves = [x.detach().clone().requires_grad_() for x in maps]
+        levels = [x.view(2 * 3, 4, *x.shape[2:]) for x in leaves]
+        targets = as_class_indices(labels, weights)
+        spread = spread_to_levels(errors, labels)
+        ours, _ = alrp_loss(levels, targets, spread, 1.0)
+        (3 * ours).backward()
+        assert relative_error(ours, loss_cls) < 1e-12
+        by_maps = head.flatten([x.grad for x in maps], labels, weights)[0]
+        assert (by_maps - 3 * gradient).abs().max() <= 1e-12 * by_maps.abs().max()
+        for map_, leaf in zip(maps, leaves, strict=True):
+            assert (map_.grad - leaf.grad).abs().max() <= 1e-12 * leaf.grad.abs().max()
+
+
+def spread_to_levels(errors: Tensor, labels: list[Tensor]) -> Tensor:
+    """The losses of the boxes from the order of (B, H, W, A) anchors to that of (B * A, H, W)."""
+    parts = []
+    for label, own in zip(labels, errors.split([int((x < 4).sum()) for x in labels]), strict=True):
+        dense = torch.zeros(label.shape, dtype=errors.dtype).masked_scatter(label < 4, own)
+        parts.append(dense.permute(0, 3, 1, 2)[(label < 4).permute(0, 3, 1, 2)])
+    return torch.cat(parts)
+
+
+def test_alrp_head_with_a_scaled_loss():
+    """As GradScaler does; the losses stay, the gradients are multiplied."""
+    maps, labels, weights = head_batch(0)
+    gradients = []
+    for scale in (1.0, 65536.0):
+        leaves = [x.float().clone().requires_grad_() for x in maps]
+        boxes = torch.linspace(0.1, 0.9, sum(int((x < 4).sum()) for x in labels)).requires_grad_()
+        head = ALRPHead(num_classes=4, period=2)
+        losses = head.loss(*head.flatten(leaves, labels, weights), boxes)
+        (scale * sum(losses)).backward()
+        gradients.append([x.grad / scale for x in (*leaves, boxes)])
+    assert all(map(torch.equal, *gradients))  # a power of 2
+
+
 class RankSortHead:
     """What the heads for Rank & Sort do: box losses weighed by score, and brought to its size."""
 

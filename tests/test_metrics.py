@@ -753,6 +753,20 @@ def test_in_a_metric_collection():
     assert_same(again.compute(), evaluate(preds, target))
 
 
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_states_of_two_metrics_merge(first):
+    """Also where one of them has seen nothing, and after a move or a copy."""
+    pytest.importorskip("torchmetrics")
+    preds, target = random_images(5, seed=9)
+    metric, other = LRP(areas=COCO_AREAS), LRP(areas=COCO_AREAS)
+    for part, images in ((metric, slice(0, first)), (other, slice(first, 5))):
+        if preds[images]:
+            part.update(preds[images], target[images])
+    metric.merge_state(other)
+    assert_same(metric.compute(), evaluate(preds, target, areas=COCO_AREAS))
+    assert_same(metric.to("cpu").clone().compute(), metric.compute())
+
+
 def test_one_class_keeps_its_dimension():
     result = evaluate([detections((0, 0, 9, 9, 0.5, 4))], [truths((0, 0, 9, 9, 4, 0))])
     assert result["olrp"].shape == ()
