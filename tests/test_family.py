@@ -458,6 +458,33 @@ def test_16_bit_logits_are_computed_as_if_upcast(distribution, skew):
     assert torch.equal(gradients[0], gradients[1].bfloat16())
 
 
+@pytest.mark.parametrize("groups", [None, torch.arange(4)[:, None]])
+@pytest.mark.parametrize(("loss", "skew"), [*((loss, 0.0) for loss in LOSSES), ("own", 2.0)])
+def test_between_forward_and_backward_only_the_input_is_kept(loss, skew, groups):
+    """And a few numbers for each positive: nothing of the size of the logits, nothing P x P."""
+    logits = torch.randn(4, 12_000, requires_grad=True)
+    targets = torch.zeros(4, 12_000, dtype=torch.int64)
+    targets[:, ::160] = 1
+    batch = Batch(logits, targets, groups, torch.rand(300, dtype=torch.float64), 1.0, skew)
+    given = {x.untyped_storage().data_ptr() for x in (logits, targets)}
+    if groups is not None:
+        given.add(groups.untyped_storage().data_ptr())
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = sum(call(loss, batch, logits))
+    assert logits.untyped_storage().data_ptr() in kept
+    added = sum(size for pointer, size in kept.items() if pointer not in given)
+    assert added <= 10 * 8 * 300
+    total.backward()
+    assert logits.grad.abs().sum() > 0
+
+
 def test_modules_are_the_functions():
     logits, targets = detector_batch("spread", 100, 4, 10)
     quality, groups = torch.rand(10), torch.arange(100) % 3

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from alrp_triton.reference import sorting
+from alrp_triton.reference import pairwise, sorting
 from alrp_triton.reference.layout import LARGEST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import ops, rank_sort_loss
 from perf import budgets
@@ -254,6 +255,36 @@ def test_the_same_bits_again_and_in_other_programs(
     assert same(first, (call.count(), call.gradient()))
     monkeypatch.setattr(kernels, "_NUMBER", number)
     assert same(first, (call.count(), call.gradient()))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operator makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Runs it."""
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else (result,)
+        sizes = [
+            x.untyped_storage().nbytes() // x.element_size() for x in made if torch.is_tensor(x)
+        ]
+        self.entries = max([self.entries, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("module", [sorting, kernels], ids=["torch", "triton"])
+def test_nothing_of_every_pair_exists(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch a chunk of the pairs; in Triton a few numbers for each positive."""
+    positives, chunk = 300, 3000
+    monkeypatch.setattr(pairwise, "PAIRS", chunk)
+    call = draw(positives, 0.5, grouped=True)
+    with Largest() as largest:
+        call.count(module)
+        call.gradient(module)
+    assert positives <= largest.entries <= max(chunk, 8 * positives) < positives**2 / 10
 
 
 def test_operators() -> None:
