@@ -1,6 +1,6 @@
 """The losses as functions: the input is checked and laid out here, then takes the one road.
 
-Every function takes the same `logits`, `targets` and keywords:
+Every loss takes the same `logits`, `targets` and keywords:
 
     logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such,
         one for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are
@@ -93,8 +93,8 @@ def alrp_loss(
         (0.0, 0.1)
         >>> (cls + loc).backward()
     """
-    _check_per_positive("loc_errors", loc_errors)
-    ranking = _ranking(
+    check_per_positive("loc_errors", loc_errors)
+    ranking = prepare_ranking(
         logits,
         targets,
         delta,
@@ -255,8 +255,8 @@ def rank_sort_loss(
         >>> logits.grad[:, 0].tolist()               # the first shall sink, the second rise
         [0.125, -0.125, 0.0]
     """
-    _check_per_positive("quality", quality)
-    ranking = _ranking(
+    check_per_positive("quality", quality)
+    ranking = prepare_ranking(
         logits,
         targets,
         delta,
@@ -326,8 +326,8 @@ def error_driven_loss(
     if not callable(errors_fn):
         raise TypeError(f"errors_fn: expected a function of Counts, got {type(errors_fn).__name__}")
     if values is not None:
-        _check_per_positive("values", values)
-    ranking = _ranking(
+        check_per_positive("values", values)
+    ranking = prepare_ranking(
         logits,
         targets,
         delta,
@@ -417,7 +417,7 @@ def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tenso
     return loc.to(torch.promote_types(ranking.scores.dtype, loc_errors.dtype))
 
 
-def _ranking(
+def prepare_ranking(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
     delta: float,
@@ -592,7 +592,8 @@ def _size(
     return sum(int(is_positive(*pair, ignore_index).count_nonzero()) for pair in pairs), True
 
 
-def _check_per_positive(name: str, given: Tensor) -> None:
+def check_per_positive(name: str, given: Tensor) -> None:
+    """Raises TypeError or ValueError, by its name, unless it has a number for each positive."""
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"{name}: expected a floating tensor, got {kind}")

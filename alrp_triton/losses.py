@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -229,15 +230,10 @@ class _RankingLoss(nn.Module):
         return f"delta={self.delta}"
 
 
-class APLoss(_RankingLoss):
-    """AP Loss: one minus the mean precision at the positives. Arguments as in `ap_loss`.
+class _ScalarLoss(_RankingLoss):
+    """A loss that is one scalar, of logits and targets alone."""
 
-    Example:
-        >>> logits = torch.randn(100, 3, requires_grad=True)
-        >>> targets = torch.full((100,), -1)
-        >>> targets[4] = 0
-        >>> APLoss(delta=1.0)(logits, targets).backward()
-    """
+    function: Callable[..., Tensor]  # with the arguments of `ap_loss`
 
     def forward(
         self,
@@ -247,7 +243,7 @@ class APLoss(_RankingLoss):
         groups: LogitsOrLevels | None = None,
     ) -> Tensor:
         """The loss of one batch, a scalar; arguments as in `ap_loss`."""
-        return ap_loss(
+        return self.function(
             logits,
             targets,
             self.delta,
@@ -259,7 +255,20 @@ class APLoss(_RankingLoss):
         )
 
 
-class NDCGLoss(_RankingLoss):
+class APLoss(_ScalarLoss):
+    """AP Loss: one minus the mean precision at the positives. Arguments as in `ap_loss`.
+
+    Example:
+        >>> logits = torch.randn(100, 3, requires_grad=True)
+        >>> targets = torch.full((100,), -1)
+        >>> targets[4] = 0
+        >>> APLoss(delta=1.0)(logits, targets).backward()
+    """
+
+    function = staticmethod(ap_loss)
+
+
+class NDCGLoss(_ScalarLoss):
     """NDCG Loss: one minus the normalised discounted gain. Arguments as in `ndcg_loss`.
 
     Example:
@@ -269,24 +278,7 @@ class NDCGLoss(_RankingLoss):
         >>> NDCGLoss(delta=1.0)(logits, targets).backward()
     """
 
-    def forward(
-        self,
-        logits: LogitsOrLevels,
-        targets: LogitsOrLevels,
-        positives: Tensor | None = None,
-        groups: LogitsOrLevels | None = None,
-    ) -> Tensor:
-        """The loss of one batch, a scalar; arguments as in `ndcg_loss`."""
-        return ndcg_loss(
-            logits,
-            targets,
-            self.delta,
-            ignore_index=self.ignore_index,
-            positives=positives,
-            groups=groups,
-            impl=self.impl,
-            algorithm=self.algorithm,
-        )
+    function = staticmethod(ndcg_loss)
 
 
 class RankSortLoss(_RankingLoss):

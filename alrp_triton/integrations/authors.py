@@ -44,7 +44,7 @@ from alrp_triton.errors import (
     ap_errors,
     sorting_errors,
 )
-from alrp_triton.functional import _check_per_positive, _ranking
+from alrp_triton.functional import check_per_positive, prepare_ranking
 
 __all__ = ["APLoss", "AP_loss", "RankSort", "aLRPLoss"]
 
@@ -97,7 +97,7 @@ class aLRPLoss:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         _check_marks(logits, targets)
-        _check_per_positive("regression_losses", regression_losses)
+        check_per_positive("regression_losses", regression_losses)
         ranking = _find(logits, targets, delta, regression_losses)
         counts = rank_positives(ranking, regression_losses)
         errors = _where_above(alrp_errors(counts), counts.nfp, eps)
@@ -237,7 +237,7 @@ class _RideOnFirst(torch.autograd.Function):
 def _find(
     logits: Tensor, targets: Tensor, delta: float, regression_losses: Tensor | None = None
 ) -> Ranking:
-    return _ranking(
+    return prepare_ranking(
         logits,
         targets,
         delta,
