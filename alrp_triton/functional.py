@@ -267,7 +267,7 @@ def rank_sort_loss(
         algorithm=algorithm,
         per_positive=("quality", quality),
     )
-    quality = torch.where(ranking.valid, quality.detach().double(), 0.0)
+    quality = quality.detach().double()  # that of padding nobody asks for
     counts = rank_positives(ranking, 1 - quality)
     sorting = sort_positives(ranking, quality, counts)
     errors = ap_errors(counts), sorting_errors(counts, sorting)

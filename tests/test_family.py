@@ -36,7 +36,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
 class Batch(NamedTuple):
-    """One flat list of float64 logits."""
+    """One flat list of float64 logits; levels of them in one test."""
 
     logits: Tensor  # (n,)
     targets: Tensor  # (n,) 1 / 0 / -1
@@ -439,8 +439,9 @@ def test_wrong_quality():
     assert rank_sort_loss(logits, targets, torch.tensor([math.nan]))[1].isnan()
 
 
-@pytest.mark.parametrize("loss", ["alrp", "rank_sort"])
-def test_padding_and_levels_with_groups(loss):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_and_levels_with_groups(loss, algorithm):
     """Levels of maps, class indices, groups by image as a view: as one list without padding."""
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(2, 3, *size, generator=generator) for size in ((4, 5), (2, 2))]
@@ -451,19 +452,15 @@ def test_padding_and_levels_with_groups(loss):
     flat_groups = torch.cat([images.expand(x.shape).flatten() for x in targets])
     positives = (flat_targets >= 0).nonzero()[:, 0]
     values = torch.rand(len(positives), generator=generator)
-    function = {"alrp": alrp_loss, "rank_sort": rank_sort_loss}[loss]
     leaf = flat.clone().requires_grad_()
-    expected = function(leaf, flat_targets, values, groups=flat_groups)
+    expected = call(loss, Batch(leaf, flat_targets, flat_groups, values, 1.0, 0.0), leaf)
     sum(expected).backward()
     leaves = [x.clone().requires_grad_() for x in logits]
     pad = torch.nn.functional.pad
-    got = function(
-        leaves,
-        targets,
-        pad(values, (0, 6), value=math.nan),
-        positives=pad(positives, (0, 6), value=-1),
-        groups=[images, images.to(torch.int16)],
-    )
+    padded = pad(values, (0, 6), value=math.nan)
+    batch = Batch(leaves, targets, [images, images.to(torch.int16)], padded, 1.0, 0.0)
+    slots = pad(positives, (0, 6), value=-1)
+    got = call(loss, batch, leaves, positives=slots, algorithm=algorithm)
     sum(got).backward()
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected, strict=True))
     gradients = [x.grad.flatten(2).transpose(1, 2).reshape(-1, 3) for x in leaves]
