@@ -1,7 +1,7 @@
 """Who pulls harder, positives or negatives? Fig. 4 of the paper, on the detector of perf.train.
 
     python -m perf.balance            cross entropy, focal loss and aLRP, four minutes on a CPU
-    python -m perf.balance --quick    the same within a minute, far from convergence
+    python -m perf.balance --quick    the same in about a minute, far from convergence
 
 In every iteration |dL/ds| is summed over the negatives and over the positives. Prints the least and
 the greatest ratio of the two sums, and writes the table, all sums and a picture to `--out`. Ctrl-C
@@ -56,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--steps", type=positive, help="iterations a loss (default: 600, or 120 if --quick)"
     )
-    parser.add_argument("--quick", action="store_true", help="at most a minute in all")
+    parser.add_argument("--quick", action="store_true", help="about a minute in all")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/balance"), help="folder (default: runs/balance)"
     )
