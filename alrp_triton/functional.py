@@ -320,8 +320,12 @@ def error_driven_loss(
         ...     return 1 - 1 / counts.rank, 1 - 1 / counts.rank_positive, counts.num_positives
         >>> logits = torch.tensor([[0.2, 0.8], [0.6, 0.1]], requires_grad=True)
         >>> loss = error_driven_loss(logits, torch.tensor([0, -1]), reciprocal_rank, delta=0.0)
-        >>> round(loss.item(), 6)
+        >>> round(loss.item(), 6)                    # third
         0.666667
+        >>> loss.backward()
+        >>> 3 * logits.grad                          # the two above it share the error
+        tensor([[-2.,  1.],
+                [ 1.,  0.]])
     """
     if not callable(errors_fn):
         raise TypeError(f"errors_fn: expected a function of Counts, got {type(errors_fn).__name__}")

@@ -159,9 +159,8 @@ def save_detections(
     rows = {"Ground truth": truths, **detections}
     figure = Figure(figsize=(2.1 * len(images) + 0.4, 2.15 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(images), squeeze=False)
-    for axes_row, (title, found), color in zip(
-        grid, rows.items(), (ORANGE, SKY, SKY, SKY, SKY), strict=False
-    ):
+    colors = ORANGE, *[SKY] * len(detections)
+    for axes_row, (title, found), color in zip(grid, rows.items(), colors, strict=True):
         axes_row[0].set_ylabel(title)
         for axes, image, boxes in zip(axes_row, images, found, strict=True):
             axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
