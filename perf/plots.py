@@ -63,7 +63,8 @@ def _draw_alrp(axes: Axes, alrp: np.ndarray) -> None:
 
 def _draw_ratios(axes: Axes, ratios: dict[str, np.ndarray]) -> None:
     # aLRP's and AP's lines coincide at 1: a broad one under a dashed one shows both.
-    styles = [(BLUE, "-", 3.5), (ORANGE, "--", 1.8), (VERMILION, "-", 0.8), (GREEN, "-", 0.8)]
+    styles = [(BLUE, "-", 3.5), (ORANGE, "--", 1.8)]
+    styles += [(color, "-", 0.8) for color in (VERMILION, GREEN, PURPLE)]
     for order, ((title, ratio), (color, style, width)) in enumerate(
         zip(ratios.items(), styles, strict=False)
     ):

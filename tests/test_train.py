@@ -16,7 +16,9 @@ pytest.importorskip("faster_coco_eval")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from perf import comparison, digits, loop, report
+from matplotlib.figure import Figure
+
+from perf import comparison, digits, loop, plots, report
 from perf.detector import RECIPES, small_retinanet
 from perf.digits import CANVAS, DigitCanvases
 from perf.evaluate import evaluate
@@ -308,3 +310,20 @@ def test_a_missing_extra_is_named(command):
     assert done.returncode == 1
     assert 'pip install -e ".[train]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Pictures
+
+
+def test_pictures_show_every_loss(tmp_path, monkeypatch):
+    """All that can be trained with at once: a curve and a row of canvases for each."""
+    axes = Figure().subplots()
+    plots._draw_ratios(axes, {title: np.ones(3) for title in LOSSES})
+    assert [line.get_label() for line in axes.get_lines()] == list(LOSSES)
+
+    drawn = []
+    monkeypatch.setattr(plots, "_draw_boxes", lambda axes, found, *_: drawn.append(found["title"]))
+    rows = {title: [{"title": title}] * 2 for title in LOSSES}
+    images = [torch.zeros(1, 4, 4)] * 2
+    plots.save_detections(images, [{"title": "truth"}] * 2, rows, {}, tmp_path / "detections.png")
+    assert drawn == [title for title in ("truth", *LOSSES) for _ in images]
