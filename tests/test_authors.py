@@ -679,6 +679,18 @@ def test_the_gradient_of_rank_sort_rides_on_the_ranking_value():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(without, loss):
+    """As in a validation: the same value, attached to nothing."""
+    logits, targets = draw(20)
+    leaf, targets = leaf_of(logits), marks_of(loss, targets)
+    with without():
+        value = LOSSES[loss](leaf, targets)
+    assert not value.requires_grad
+    assert torch.equal(value, LOSSES[loss](leaf, targets))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_values_may_be_changed_in_place(loss):
     """As heads weigh them."""
     logits, targets = draw(20)
