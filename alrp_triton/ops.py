@@ -190,15 +190,15 @@ def _count(
             logits, targets, scores, values, delta, ignore_index,
             groups=groups, own_groups=own_groups,
         )  # fmt: skip
-    valid = scores != -torch.inf
-    nfp, rank_positive, value_sum = (
-        torch.full_like(scores, fill, dtype=torch.float64) for fill in (0, 1, 0)
-    )
-    nfp[valid], rank_positive[valid], value_sum[valid] = count(
+    valid = (scores != -torch.inf).nonzero()[:, 0]
+    counted = count(
         logits, targets, scores[valid], values[valid], delta, ignore_index,
         groups=groups, own_groups=_of_valid(own_groups, valid),
     )  # fmt: skip
-    return nfp, rank_positive, value_sum
+    return tuple(
+        torch.full_like(scores, fill, dtype=torch.float64).index_copy_(0, valid, x)
+        for fill, x in zip((0, 1, 0), counted, strict=True)
+    )
 
 
 @torch.library.impl(_library, "gradient", _implement)
@@ -218,7 +218,7 @@ def _gradient(
 ) -> list[Tensor]:
     gradient = select(impl, algorithm, logits, scores).gradient
     if choose_impl(impl, scores.device) == "torch":
-        valid = index >= 0
+        valid = (index >= 0).nonzero()[:, 0]
         index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
         own_groups = _of_valid(own_groups, valid)
     return gradient(

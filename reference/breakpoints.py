@@ -28,14 +28,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import layout
 from .layout import (
     LARGEST,
+    at_logits,
     blocks,
     exclude_non_negatives,
     finite,
+    is_negative,
     over_classes,
+    unravel,
     write_positives,
 )
 
@@ -43,20 +47,25 @@ from .layout import (
 CELLS = 1 << 16
 
 # So few scores are searched for one by one: the table would cost more.
-FEW = 1 << 12
+FEW = 1 << 14
 
-# Logits whose places are looked at at once, before any is worked on.
-SURVEY = 1 << 21
+# Logits that are surveyed at once, before any is worked on.
+SURVEY = 1 << 20
 
-# Where more than this share of the places has a relevant logit, a part is worked on whole. Picking
-# the relevant logits out took 1.4 to 1.7 times as long in mid training, and a fourth in late.
-MOST = 0.9
+# What stands in one column of a survey. A maximum down columns is taken at the speed of memory.
+FOLD = 16
+
+# Where more than this share of the columns has a relevant logit, a block is worked on whole.
+MOST = 0.7
 
 # Groups times edges up to which a table tells the place of an edge on the line of a group.
 TABLE = 1 << 22
 
 # A finite score below every edge.
 BELOW = -4 * LARGEST
+
+# More than any number of edges.
+OPEN = torch.iinfo(torch.int32).max
 
 Index = tuple[slice | Tensor, ...]
 
@@ -72,26 +81,33 @@ class Edges:
     key: Tensor  # (2P,) the smallest number of the scores' dtype that is not below the edge
     high: Tensor  # (I,) float64; high + low is, exactly, where each interval starts
     low: Tensor  # (I,) float64; the first interval of a line has no start: 0
-    width: Tensor  # (I,) float64; 0 outside all windows, where nothing depends on it
     lower: Tensor  # (P,) int64: the interval that starts at s_i - delta
     upper: Tensor  # (P,) int64: the interval that starts at s_i + delta
     lines: Lines | None  # None without groups
 
     @cached_property
     def cells(self) -> Tensor:
-        """(CELLS,) int32: how many edges lie below the cell, -1 where an edge falls into it."""
+        """(CELLS,) int32: how many edges lie below the cell, `OPEN` where an edge falls into it."""
         inside = _cell(self.key, self.key).bincount(minlength=CELLS)
-        return torch.where(inside > 0, -1, inside.cumsum(0)).to(torch.int32)
+        return torch.where(inside > 0, OPEN, inside.cumsum(0)).to(torch.int32)
+
+    @cached_property
+    def width(self) -> Tensor:
+        """(I,) float64; 0 outside all windows, where nothing depends on it."""
+        windows = torch.zeros_like(self.high)
+        windows[self.lower], windows[self.upper] = 1.0, -1.0
+        inside = self.running_sum(windows)[:-1] > 0
+        return pad((self.high.diff() + self.low.diff()).where(inside, 0.0), (0, 1))
 
     def running_sum(self, x: Tensor) -> Tensor:
-        """(I,) sum over the intervals of the same line up to each."""
-        return x.cumsum(0) if self.lines is None else _sum_to(x, self.lines.before)
+        """(..., I) sum over the intervals of the same line up to each."""
+        return x.cumsum(-1) if self.lines is None else _sum_to(x, self.lines.before)
 
     def sum_from_above(self, x: Tensor) -> Tensor:
-        """(I,) sum over the intervals of the same line from each on."""
+        """(..., I) sum over the intervals of the same line from each on."""
         if self.lines is None:
-            return x.flip(0).cumsum(0).flip(0)
-        return _sum_to(x.flip(0), self.lines.behind.flip(0)).flip(0)
+            return x.flip(-1).cumsum(-1).flip(-1)
+        return _sum_to(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
 
 @dataclass
@@ -100,7 +116,6 @@ class Lines:
 
     groups: Tensor  # (G,) ascending
     own: Tensor  # (P,) int64: the line of each positive
-    lowest: Tensor  # (G + 1,) the lowest key on each; inf on the last
     codes: Tensor  # (2P,) ascending: (2P + 1) line + place among all edges, from 1 on
     before: Tensor  # (I,) int64: how many intervals of the line stand before each
     behind: Tensor  # (I,) int64: and how many behind it
@@ -124,7 +139,7 @@ class Lines:
     @cached_property
     def _table(self) -> Tensor | None:
         """(G + 1) (2P + 1) int32: how many codes lie at or below each; None if that is too many."""
-        size = self.lowest.numel() * (self.codes.numel() + 1)
+        size = (self.groups.numel() + 1) * (self.codes.numel() + 1)
         if size > TABLE:
             return None
         return self.codes.bincount(minlength=size).cumsum(0).to(torch.int32)
@@ -146,28 +161,37 @@ def count(
         return empty, empty.clone(), empty.clone()
     edges = _edges(scores, delta, own_groups)
     size = edges.high.numel()
-    number = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    distance = torch.zeros(size, dtype=torch.float64, device=scores.device)
+    # In rows: the negatives, the positives, and the positives' values.
+    number, distance = torch.zeros((2, 3, size), dtype=torch.float64, device=scores.device)
     unordered = torch.zeros((), dtype=torch.bool, device=scores.device)
     groups = groups or [None] * len(logits)
     for level, target, group in zip(logits, targets, groups, strict=True):
         for _, _, part, line in _relevant(level, target, group, edges, ignore_index):
-            negatives = part.view(-1)
+            negatives = part.reshape(-1)
             interval = _look_up(negatives, edges, line)
-            number += interval.bincount(minlength=size)
+            number[0] += interval.bincount(minlength=size)
             if delta > 0:
                 offset = _offset(negatives, interval, edges)
-                distance += interval.bincount(offset, minlength=size)
+                distance[0] += interval.bincount(offset, minlength=size)
             unordered |= negatives.amax().isnan()
-    nfp = _window_mean(edges, number, distance, delta)
-    others, value_sum = _sums_over_others(
-        edges, scores, (torch.ones_like(nfp), values.double()), delta
-    )
+    interval = _look_up(scores, edges, edges.lines and edges.lines.own)
+    values = torch.stack([torch.ones_like(values), values]).double()
+    offset = _offset(scores, interval, edges)
+    for row, weights in enumerate(values, start=1):
+        number[row] = interval.bincount(weights, minlength=size)
+        if delta > 0:
+            distance[row] = interval.bincount(weights * offset, minlength=size)
+
+    from_start = edges.sum_from_above(number)
+    nfp, *others = _window_mean(edges, from_start, number, distance, delta)
+    others = torch.stack(others) - values * (1.0 if delta == 0 else 0.5)  # what i sees of itself
+    # Where nobody else stands at or above the window, that must be 0, not its rounding.
+    others.masked_fill_(from_start[1, edges.lower] == 1, 0.0)
 
     # NaN has no place in any order, so it leaves no number standing that it was compared with.
     unranked = scores.isnan().any()
     nfp = nfp.masked_fill(unranked | unordered, torch.nan)
-    others, value_sum = (x.masked_fill(unranked, torch.nan) for x in (others, value_sum))
+    others, value_sum = others.masked_fill_(unranked, torch.nan)
     return nfp, 1 + others, value_sum
 
 
@@ -192,13 +216,15 @@ def gradient(
     groups = groups or [None] * len(logits)
     for level, target, group, out in zip(logits, targets, groups, gradients, strict=True):
         for where, at, part, line in _relevant(level, target, group, edges, ignore_index):
-            negatives = part.view(-1)
+            negatives = part.reshape(-1)
             interval = _look_up(negatives, edges, line)
-            total = value.index_select(0, interval)
-            if delta > 0:
+            if delta == 0:
+                total = value.to(out.dtype).index_select(0, interval)
+            else:
                 offset = _offset(negatives, interval, edges)
-                total.add_(offset.mul_(slope.index_select(0, interval)))
-            out[where][at] = total.to(out.dtype).view(part.shape)
+                rise = offset.mul_(slope.index_select(0, interval))
+                total = rise.add_(value.index_select(0, interval)).to(out.dtype)
+            out[where][at] = total.view(part.shape)
     write_positives(gradients, index, own)
     return gradients
 
@@ -211,55 +237,51 @@ def _edges(scores: Tensor, delta: float, own_groups: Tensor | None = None) -> Ed
     # What rounding took from high (Knuth's two-sum).
     moved = high - center
     low = (center - (high - moved)) + (side - moved)
-    order = low.argsort(stable=True)
-    order = order[high[order].argsort(stable=True)]
-    key = _round_up(high[order], low[order], scores.dtype)
-
-    lines, first = None, torch.zeros_like(order)
-    if own_groups is not None:
-        lines, order, first = _lines(own_groups, order, key)
-    # Each line has an interval before its first edge.
-    at = torch.arange(1, order.numel() + 1, device=order.device) + first
-    start = torch.empty_like(order)
-    start[order] = at
-    lower, upper = start.chunk(2)
+    order = high.argsort(stable=True)
+    if low.any():
+        order = low.argsort(stable=True)
+        order = order[high[order].argsort(stable=True)]
     high, low = high[order], low[order]
-    open_windows = torch.where(order < scores.numel(), 1, -1).cumsum(0)
-    width = (high.diff() + low.diff()).where(open_windows[:-1] > 0, 0.0)
-    number = order.numel() + (1 if lines is None else lines.lowest.numel())
+    key = _round_up(high, low, scores.dtype)
+
+    at = torch.arange(1, order.numel() + 1, device=order.device)
+    lines, number = None, order.numel() + 1
+    if own_groups is not None:
+        lines, place, line = _lines(own_groups, order)
+        order, high, low = order[place], high[place], low[place]
+        # Each line has an interval before its first edge.
+        at += line
+        number += lines.groups.numel()
+    start = torch.empty_like(order).index_copy_(0, order, at)
+    lower, upper = start.chunk(2)
 
     def placed(x: Tensor) -> Tensor:
-        return x.new_zeros(number).index_copy_(0, at[: x.numel()], x)
+        return x.new_zeros(number).index_copy_(0, at, x)
 
-    return Edges(key, placed(high), placed(low), placed(width), lower, upper, lines)
+    return Edges(key, placed(high), placed(low), lower, upper, lines)
 
 
-def _lines(own_groups: Tensor, order: Tensor, key: Tensor) -> tuple[Lines, Tensor, Tensor]:
-    """Puts the edges, in ascending order with their keys, line by line.
+def _lines(own_groups: Tensor, order: Tensor) -> tuple[Lines, Tensor, Tensor]:
+    """Puts the edges, in ascending order, line by line.
 
     Returns:
-        The lines; the edges in their order; the line of each edge in that order.
+        The lines; the places among all edges of the edges line by line; and their lines.
     """
     groups, own = own_groups.unique(return_inverse=True)
     line, place = own.repeat(2)[order].sort(stable=True)
-    edges = line.bincount(minlength=groups.numel() + 1)
-    first = edges.cumsum(0) - edges  # the place of the first edge of each line
-    lowest = torch.full((edges.numel(),), torch.inf, dtype=key.dtype, device=key.device)
-    lowest[:-1] = key[place[first[:-1]]]
-    intervals = edges + 1
+    intervals = line.bincount(minlength=groups.numel() + 1) + 1
     end = intervals.cumsum(0).repeat_interleave(intervals)
-    number = torch.arange(end.numel(), device=end.device)
-    behind = end - 1 - number
+    behind = end - 1 - torch.arange(end.numel(), device=end.device)
     before = intervals.repeat_interleave(intervals) - 1 - behind
     codes = line * (order.numel() + 1) + place + 1
-    return Lines(groups, own, lowest, codes, before, behind), order[place], line
+    return Lines(groups, own, codes, before, behind), place, line
 
 
 def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """The smallest number of `dtype` that is not below high + low."""
     key = high.to(dtype)
-    short = (key.double() < high) | ((key.double() == high) & (low > 0))
-    key = torch.where(short, key.nextafter(torch.full_like(key, torch.inf)), key)
+    short = (high - key) + low > 0  # the difference is exact
+    key = torch.where(short, key.nextafter(key.new_full((), torch.inf)), key)
     # Beyond all scores one number is as good as another: these leave room for `BELOW`.
     return key.clamp(-2 * LARGEST, 2 * LARGEST)
 
@@ -269,52 +291,63 @@ def _relevant(
 ) -> Iterator[tuple[Index, Index, Tensor, Tensor | None]]:
     """Cuts a level into parts that hold all negatives not wholly below min_P(s) - delta.
 
-    Places are looked at by their highest logit first. Late in training few have a relevant one, and
-    those are picked out. Where most have, picking costs more than it saves: a part holds all logits
-    of its places, and what is no negative is put below all edges.
+    Late in training few logits are relevant, and those are picked out. Where many are, picking
+    costs more than it saves: a part holds all logits of its places. Either way, what is no negative
+    is put below all edges.
 
     Returns:
         For each part where it stands, as an index into an index of the level; its finite scores, of
         the shape that the two indices give; and their lines, flattened.
     """
+    lowest = edges.key[0]
     for rows, places, block, block_targets in blocks(logits, targets, SURVEY):
         where = rows, slice(None), places
-        line = None
-        if groups is not None:
-            line = edges.lines.of(groups[rows, ..., places])
-        by_place = line is None or line.dim() == 2
-        keep = _not_below(finite(block.amax(1)), edges, line if by_place else None)
-        if targets.dim() == 2:
-            keep.logical_and_(block_targets != ignore_index)
-        if keep.count_nonzero() > MOST * keep.numel():
-            for row, place, part, part_targets in blocks(block, block_targets):
-                scores = finite(part).contiguous()
-                exclude_non_negatives(scores, part_targets, ignore_index, fill=BELOW)
-                part_line = line
-                if line is not None:
-                    part_line = over_classes(line[row, ..., place], part).reshape(-1)
-                yield where, (row, slice(None), place), scores, part_line
+        block_groups = None if groups is None else groups[rows, ..., places]
+        flat = block.reshape(-1)
+        columns = _not_below(finite(_column_maxima(flat)), lowest)
+        if columns.numel() * FOLD > MOST * flat.numel():
+            scores = finite(block)
+            exclude_non_negatives(scores, block_targets, ignore_index, fill=BELOW)
+            for row, place, part, _ in blocks(scores, block_targets):
+                line = None
+                if groups is not None:
+                    line = edges.lines.of(block_groups[row, ..., place])
+                    line = over_classes(line, part).reshape(-1)
+                yield where, (row, slice(None), place), part, line
             continue
-        step = max(1, layout.CHUNK // logits.shape[1])
-        for row, place in zip(*(x.split(step) for x in keep.nonzero(as_tuple=True)), strict=True):
-            scores = finite(block[row, :, place])
-            picked = line
-            if line is not None:
-                picked = over_classes(line[row, ..., place, None], scores[..., None])[..., 0]
-            mask = _not_below(scores, edges, picked)
-            part_targets = block_targets[row, ..., place, None]
-            exclude_non_negatives(mask[..., None], part_targets, ignore_index)
-            found, channel = mask.nonzero(as_tuple=True)
+        for some in columns.split(layout.CHUNK // FOLD):
+            at = _in_columns(flat, some)
+            scores = finite(flat.index_select(0, at))
+            found = _not_below(scores, lowest)
             if found.numel():
-                at = row[found], channel, place[found]
-                part_line = picked if picked is None else picked[found, channel]
-                yield where, at, scores[found, channel], part_line
+                at, scores = unravel(at[found], block.shape), scores[found]
+                negative = is_negative(at, block_targets, ignore_index)
+                line = None
+                if groups is not None:
+                    line = edges.lines.of(at_logits(block_groups, at))
+                yield where, at, scores.where(negative, BELOW), line
 
 
-def _not_below(scores: Tensor, edges: Edges, line: Tensor | None) -> Tensor:
-    """Mask: at or above the lowest edge, of their line or of all, or NaN."""
-    lowest = edges.key[0] if line is None else edges.lines.lowest[line]
-    return (scores < lowest).logical_not_()
+def _column_maxima(x: Tensor) -> Tensor:
+    """The highest of each column, if x (n,) stands in `FOLD` rows, the last of them shorter."""
+    step = -(-x.numel() // FOLD)
+    rest = x.numel() % step
+    highest = x[: x.numel() - rest].view(-1, step).amax(0)
+    if rest:
+        torch.maximum(highest[:rest], x[-rest:], out=highest[:rest])
+    return highest
+
+
+def _not_below(x: Tensor, bound: Tensor) -> Tensor:
+    """Where x (n,) is at least `bound`, or NaN; int64."""
+    return (x < bound).logical_not_().nonzero()[:, 0]
+
+
+def _in_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """The places in x of what stands in some columns, int64."""
+    step = -(-x.numel() // FOLD)
+    at = (torch.arange(0, x.numel(), step, device=x.device)[:, None] + columns).view(-1)
+    return at if x.numel() % step == 0 else at[at < x.numel()]
 
 
 def _look_up(scores: Tensor, edges: Edges, line: Tensor | None = None) -> Tensor:
@@ -328,9 +361,10 @@ def _look_up(scores: Tensor, edges: Edges, line: Tensor | None = None) -> Tensor
         below = torch.bucketize(scores, edges.key, right=True, out_int32=True)
     else:
         below = edges.cells.index_select(0, _cell(scores, edges.key))
-        open_cell = (below < 0).nonzero()[:, 0]
-        search = torch.bucketize(scores[open_cell], edges.key, right=True, out_int32=True)
-        below[open_cell] = search
+        at = _in_columns(below, (_column_maxima(below) == OPEN).nonzero()[:, 0])
+        at = at[below.index_select(0, at) == OPEN]
+        search = torch.bucketize(scores[at], edges.key, right=True, out_int32=True)
+        below.index_copy_(0, at, search)
     return below if line is None else edges.lines.interval(line, below)
 
 
@@ -349,48 +383,28 @@ def _cell(scores: Tensor, key: Tensor) -> Tensor:
     return cell.nan_to_num_(CELLS - 1).to(torch.int32)
 
 
-def _sums_over_others(
-    edges: Edges, scores: Tensor, values: Sequence[Tensor], delta: float
-) -> list[Tensor]:
-    """(P,) for each of the values: sum_{k != i} values(k) H(x_ik).
-
-    It is the sum over all positives, less what i sees of itself.
-    """
-    size = edges.high.numel()
-    interval = _look_up(scores, edges, edges.lines and edges.lines.own)
-    offset = _offset(scores, interval, edges)
-    # Where nobody else stands at or above the window, the difference must be 0, not its rounding.
-    alone = edges.sum_from_above(interval.bincount(minlength=size))[edges.lower] == 1
-    sums = []
-    for x in values:
-        number = interval.bincount(x, minlength=size)
-        distance = interval.bincount(x * offset, minlength=size)
-        itself = x if delta == 0 else x / 2
-        others = _window_mean(edges, number, distance, delta) - itself
-        sums.append(others.masked_fill(alone, 0))
-    return sums
-
-
-def _window_mean(edges: Edges, number: Tensor, distance: Tensor, delta: float) -> Tensor:
-    """(P,) mean over the window of i of G(t), the number of examples at or above t.
+def _window_mean(
+    edges: Edges, from_start: Tensor, number: Tensor, distance: Tensor, delta: float
+) -> Tensor:
+    """(..., P) mean over the window of i of G(t), the number of examples at or above t.
 
     Args:
         edges: of the positives.
-        number: (I,) number of the examples in each interval, or their summed weight.
-        distance: (I,) sum of their distances to `high` of the interval's start.
+        from_start: (..., I) number of the examples at or above the start of each interval.
+        number: (..., I) number of those in it, or their summed weight.
+        distance: (..., I) sum of their distances to `high` of the interval's start.
         delta: half-width of the step.
     """
-    from_start = edges.sum_from_above(number)
     if delta == 0:
-        return from_start[edges.lower].double()
-    from_end = torch.nn.functional.pad(from_start[1:], (0, 1))
+        return from_start[..., edges.lower]
+    from_end = pad(from_start[..., 1:], (0, 1))
     inside = (distance - number * edges.low).where(edges.width > 0, 0.0)
     area = edges.sum_from_above(from_end * edges.width + inside)
-    return (area[edges.lower] - area[edges.upper]) / (2 * delta)
+    return (area[..., edges.lower] - area[..., edges.upper]) / (2 * delta)
 
 
 def _sum_to(x: Tensor, before: Tensor) -> Tensor:
-    """(I,) running sums that start anew with each line.
+    """(..., I) running sums that start anew with each line.
 
     By doubling: after a round of length n each sum holds the last 2n summands of its line. So
     nothing of another line is ever added, which would have to be taken away again.
@@ -398,7 +412,7 @@ def _sum_to(x: Tensor, before: Tensor) -> Tensor:
     x = x.clone()
     length = 1
     while length <= int(before.max()):
-        x[length:] += x[:-length].where(before[length:] >= length, 0)
+        x[..., length:] += x[..., :-length].where(before[length:] >= length, 0)
         length *= 2
     return x
 

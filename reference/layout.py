@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Elements that one step of a loop over the logits handles: what bounds the memory on top of them.
-CHUNK = 1 << 17
+CHUNK = 1 << 18
 
 # What an infinite score is ranked as. The same in every dtype, and a float32 whose double is one
 # too, so that the difference of two scores cannot overflow.
@@ -35,10 +35,25 @@ def is_positive(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     return _means_positive(targets, logits, targets.dim() == logits.dim(), ignore_index)
 
 
+def is_negative(at: tuple[Tensor, ...], targets: Tensor, ignore_index: int) -> Tensor:
+    """Mask of logits at coordinates (row, class, place): which are neither positive nor ignored."""
+    values = at_logits(targets, at)
+    if targets.dim() == len(at):
+        return values == 0
+    return (values != at[1]) & (values != ignore_index)
+
+
+def at_logits(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """What x, in the shape of the targets, holds for logits at coordinates (row, class, place)."""
+    return x[at] if x.dim() == len(at) else x[at[0], at[2]]
+
+
 def _means_positive(values: Tensor, logits: Tensor, per_logit: bool, ignore_index: int) -> Tensor:
     if per_logit:
         return values == 1
-    return (values >= 0) & (values < logits.shape[1]) & (values != ignore_index)
+    classes = logits.shape[1]
+    positive = (values >= 0) & (values < classes)
+    return positive & (values != ignore_index) if 0 <= ignore_index < classes else positive
 
 
 def exclude_non_negatives(
