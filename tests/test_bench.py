@@ -378,6 +378,23 @@ def test_at_least_five_times_faster_than_the_published_loop(distribution):
     assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads wait for each other, and for whatever else the machine does, in every variant."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("distribution", ["init", "spread"])
+def test_at_least_three_times_faster_than_sort_and_bucket(distribution, one_thread):
+    """Likewise, at delta = 0, where that is exact."""
+    cell = Cell(2_000_000, 500, distribution, delta=0.0)
+    rows = by_name(fill(cell, 5, (OURS, "sort and bucket")))
+    assert rows["sort and bucket"]["least"] > 3 * rows[OURS]["least"]
+
+
 def test_anchors_are_assigned_by_iou():
     boxes = torch.tensor([[64.0, 64.0, 96.0, 96.0], [1.0, 1.0, 5.0, 5.0]])
     targets = real_boxes.retinanet_targets([(boxes, torch.tensor([7, 3]))])
