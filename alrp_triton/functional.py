@@ -461,6 +461,7 @@ def prepare_ranking(
         size,
         exact,
         ignore_index,
+        impl,
     )
     own_groups = gather(level_groups, levels, index) if level_groups else None
     return Ranking(

@@ -123,7 +123,7 @@ def of_program(name: str, given: str) -> str:
 _library = torch.library.Library("alrp_triton", "DEF")
 _library.define(
     "locate(Tensor[] logits, Tensor[] targets, Tensor? positives, SymInt size, bool exact, "
-    "int ignore_index) -> (Tensor, Tensor)"
+    "int ignore_index, str impl) -> (Tensor, Tensor)"
 )
 _library.define(
     "count(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor values, float delta, "
@@ -167,8 +167,12 @@ def _locate(
     size: int,
     exact: bool,
     ignore_index: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return layout.locate(logits, targets, positives, size, exact, ignore_index)
+    module = layout
+    if choose_impl(impl, logits[0].device) == "triton":
+        module = load_kernels("locate", logits[0].device)
+    return module.locate(logits, targets, positives, size, exact, ignore_index)
 
 
 @torch.library.impl(_library, "count", _implement)
@@ -339,7 +343,7 @@ def _box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau
 
 
 @torch.library.register_fake("alrp_triton::locate", lib=_library)
-def _(logits, targets, positives, size, exact, ignore_index):
+def _(logits, targets, positives, size, exact, ignore_index, impl):
     index = targets[0].new_empty((size,), dtype=torch.int64)
     return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
 

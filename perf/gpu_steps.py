@@ -602,7 +602,7 @@ def _time(
         "forward + backward": call.step,
         "forward": lambda: call.forward(),
         "graph replay": context.capture(captured.step),
-        "locate": lambda: ops.locate(case.logits, case.targets, None, number, True, IGNORE),
+        "locate": lambda: ops.locate(case.logits, case.targets, None, number, True, IGNORE, "auto"),
         "count": lambda: kernels.count(*case.count_input),
         "gradient": lambda: kernels.gradient(*case.gradient_input),
     }

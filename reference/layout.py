@@ -152,7 +152,7 @@ def locate(
     first_target = first_logit = 0
     for level, target in zip(logits, targets, strict=True):
         number, per_logit = target.numel(), target.dim() == level.dim()
-        if number:
+        if level.numel():
             here = (positives >= first_target) & (positives < first_target + number)
             at = unravel(torch.where(here, positives - first_target, 0), target.shape)
             values = target[at]

@@ -45,8 +45,8 @@ def test_operators(delta, algorithm):
     logits, targets = detector_batch("spread", 60, 4, 9)
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = torch.rand(9, dtype=torch.float64)
-    opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE))
-    opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE))
+    opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE, "auto"))
+    opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE, "auto"))
     settings = (delta, IGNORE, "auto", algorithm)
     opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
     opcheck(
@@ -101,7 +101,7 @@ def test_fake_results_have_the_strides_of_real_ones():
     maps = torch.randn(2, 4, 30).transpose(1, 2).contiguous().transpose(1, 2)
     targets = torch.zeros(2, 30, dtype=torch.int64)
     arguments = ([maps], [targets])
-    index, scores = ops.locate(*arguments, None, 60, True, IGNORE)
+    index, scores = ops.locate(*arguments, None, 60, True, IGNORE, "auto")
     weights = torch.ones(60, dtype=torch.float64)
     opcheck(
         ops.gradient.default,

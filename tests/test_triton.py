@@ -119,6 +119,8 @@ def test_operators_and_compilation():
     logits, targets, loc_errors = batch()
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = loc_errors.double()
+    for size, exact in ((9, True), (12, False)):
+        opcheck(ops.locate.default, (levels, level_targets, None, size, exact, IGNORE, "triton"))
     settings = (1.0, IGNORE, "triton", "auto")
     opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
     opcheck(
