@@ -22,6 +22,21 @@ _WARPS = 4  # of a program that walks over anchors
 
 
 @triton.jit
+def _places(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The places of a tile: a matrix, or a vector of LANES if ROWS is 0."""
+    if ROWS == 0:
+        return tl.arange(0, LANES)
+    else:
+        return tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def _number(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """How many they are."""
+    return LANES if ROWS == 0 else ROWS * LANES
+
+
+@triton.jit
 def read_tile(
     values, tile, size, other, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
@@ -29,16 +44,17 @@ def read_tile(
 
     ALIGNED: the values begin at a multiple of 16 bytes, and may be read so many at a time.
     """
-    start = tl.cast(tile, tl.int64) * (ROWS * LANES)
+    number: tl.constexpr = _number(ROWS, LANES)
+    start = tl.cast(tile, tl.int64) * number
     values += start
     if ALIGNED:
         values = tl.multiple_of(values, 16)
-    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    behind = tl.maximum(start + ROWS * LANES - size, 0).to(tl.int32)
+    local = _places(ROWS, LANES)
+    behind = tl.maximum(start + number - size, 0).to(tl.int32)
     if behind == 0:
         read = tl.load(values + local)
     else:
-        read = tl.load(values + local, mask=local < ROWS * LANES - behind, other=other)
+        read = tl.load(values + local, mask=local < number - behind, other=other)
     return read, behind
 
 
@@ -47,14 +63,15 @@ def write_tile(
     values, tile, behind, written, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
     """Writes a tile where `read_tile` has read one."""
-    values += tl.cast(tile, tl.int64) * (ROWS * LANES)
+    number: tl.constexpr = _number(ROWS, LANES)
+    values += tl.cast(tile, tl.int64) * number
     if ALIGNED:
         values = tl.multiple_of(values, 16)
-    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    local = _places(ROWS, LANES)
     if behind == 0:
         tl.store(values + local, written)
     else:
-        tl.store(values + local, written, mask=local < ROWS * LANES - behind)
+        tl.store(values + local, written, mask=local < number - behind)
 
 
 @triton.jit
@@ -65,9 +82,10 @@ def line_of_tile(lines, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
     stride 0, as everywhere in an image, or where both have the same place.
     """
     values, strides, sizes = lines
-    start = tl.cast(tile, tl.int64) * (ROWS * LANES)
+    number: tl.constexpr = _number(ROWS, LANES)
+    start = tl.cast(tile, tl.int64) * number
     outer, middle, inner = origin_of(start, sizes[0], sizes[1])
-    rest = tl.minimum(start + ROWS * LANES, size) - 1 - outer * sizes[0] * sizes[1]
+    rest = tl.minimum(start + number, size) - 1 - outer * sizes[0] * sizes[1]
     same_outer = rest < tl.cast(sizes[0], tl.int64) * sizes[1]
     same_middle = rest < (tl.cast(middle, tl.int64) + 1) * sizes[1]
     alone = (same_outer | (strides[0] == 0)) & (same_middle | (strides[1] == 0)) & (strides[2] == 0)
@@ -80,8 +98,7 @@ def read_lines(lines, origin, behind, ROWS: tl.constexpr, LANES: tl.constexpr):
     """The line of each logit of a tile; behind the end, that of the last one."""
     values, strides, sizes = lines
     middle, inner, middle_magic, inner_magic = sizes
-    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    local = tl.minimum(local, ROWS * LANES - 1 - behind)
+    local = tl.minimum(_places(ROWS, LANES), _number(ROWS, LANES) - 1 - behind)
     row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
     o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
     o, m, i = origin[0] + o.to(tl.int64), m.to(tl.int64), i.to(tl.int64)
