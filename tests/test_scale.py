@@ -1,4 +1,4 @@
-"""More logits than 32 bits can count, on a GPU with the memory; the same code at a toy size."""
+"""Sizes and offsets beyond 32 bits: strided on any machine, in full on a GPU with the memory."""
 
 from __future__ import annotations
 
@@ -41,3 +41,28 @@ def test_counts_and_gradients_are_known(number: int, algorithm: str) -> None:
     assert gradient[[0, -1]].flatten().tolist() == [-0.5, -0.25]
     assert (gradient[-10:-1] == 0.75).all()
     assert int(gradient.count_nonzero()) == 11
+
+
+def test_skewed_offsets_beyond_32_bits() -> None:
+    """Rows 2^30 elements apart give the bits of rows side by side; what lies between is untouched.
+
+    The other kernels: `test_kernels`, `test_locate`.
+    """
+    skewed = importlib.import_module("alrp_triton.kernels.skewed")
+    near = torch.randn(3, 3, 5).to(DEVICE, torch.bfloat16)
+    storage = torch.empty((1 << 31) + 64, dtype=torch.bfloat16, device=DEVICE)
+    far = storage.as_strided((3, 3, 5), ((1 << 30) + 8, 5, 1))
+    far.copy_(near)
+    targets = torch.tensor([[0, -1, 2, -1, IGNORE]] * 3, device=DEVICE)
+    index, scores = locate([near], [targets], None, 6, True, IGNORE)
+    vector = torch.arange(1, 7, dtype=torch.float64, device=DEVICE)
+    powers = torch.full_like(vector, 1.5)
+    counted, gradients = [], []
+    for level in (near, far):
+        levels = [level], [targets]
+        counted.append(skewed.mass(*levels, scores, powers, 1.0, IGNORE))
+        given = index, scores, vector, -vector, powers
+        gradients += skewed.gradient(*levels, *given, 1.0, IGNORE)
+    assert counted[0].min() > 0
+    assert torch.equal(*counted)
+    assert torch.equal(*gradients)
