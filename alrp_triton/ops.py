@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .kernels.costs import costs_of
+from .kernels.tuned import costs_for
 from .reference import breakpoints, layout, pairwise, skewed, sorting
 
 IMPLS = ("auto", "triton", "torch")
@@ -111,7 +111,7 @@ def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) 
     if algorithm == "auto":
         dtype = logits[0].dtype if logits else scores.dtype
         number = sum(level.numel() for level in logits)
-        algorithm = costs_of(dtype).choose(scores.numel(), number)
+        algorithm = costs_for(scores.device, dtype).choose(scores.numel(), number)
     return load_kernels(algorithm, scores.device)
 
 

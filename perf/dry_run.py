@@ -1,4 +1,4 @@
-"""Ranks candidates for a GPU that is not there, by instructions a pair and occupancy.
+"""Ranks candidates for a GPU that is not there, by instructions a pair or logit and occupancy.
 
 What it cannot see is memory, and how well instructions hide each other: it narrows the choice down,
 and only a time decides. Nothing that it finds is written where the package reads.
@@ -8,35 +8,46 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from alrp_triton.kernels.tiles import Tiles, default_tiles
+import torch
+
+from alrp_triton.kernels.tiles import (
+    BreakpointTiles,
+    Tiles,
+    default_breakpoint_tiles,
+    default_tiles,
+)
 from perf import heatmap
-from perf.candidates import GRIDS, SIDES, Grid, candidates
+from perf.candidates import ALGORITHMS, GRIDS, SIDES, Grid, Grids, candidates
 from perf.machine_code import Compiled, Compiler, Task, compiler
 
 _DTYPES = ("float32", "bfloat16")
+_ITEMS = {"breakpoints": "logit", "pairwise": "pair"}  # of which a kernel does one at a time
 _SHOWN = 8  # of the best candidates, in the table
 
 
-def default_for(target: str) -> Tiles:
+def default_for(algorithm: str, target: str) -> Tiles | BreakpointTiles:
     """The default sizes for a target."""
-    if target.startswith("gfx"):
-        return default_tiles(64)
-    return default_tiles(32, int(target.removeprefix("sm_")) // 10)
+    is_amd = target.startswith("gfx")
+    if algorithm == "breakpoints":
+        return default_breakpoint_tiles(64 if is_amd else 32, torch.float32)
+    return default_tiles(64) if is_amd else default_tiles(32, int(target.removeprefix("sm_")) // 10)
 
 
-def run(target: str, folder: Path, grids: dict[str, tuple[Grid, ...]] = GRIDS) -> list[Path]:
+def run(target: str, folder: Path, grids: Grids = GRIDS) -> list[Path]:
     """Compiles every candidate, prints the best of each kernel and dtype, writes JSON and PNG."""
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("--dry-run compiles: unset TRITON_INTERPRET, under which nothing does")
     folder.mkdir(parents=True, exist_ok=True)
     rankings = []
     with compiler() as pool:
-        pairs = [(side, dtype) for side in SIDES for dtype in _DTYPES]
-        for side, dtype in pairs:
-            rankings.append(rank(side, dtype, target, pool, grids[side]))
+        for algorithm, side, dtype in product(ALGORITHMS, SIDES, _DTYPES):
+            start = default_for(algorithm, target)
+            rankings.append(rank(start, side, dtype, target, pool, grids[algorithm][side]))
             print(to_text(rankings[-1]), flush=True)
     path = folder / f"dry-run-{target}.json"
     path.write_text(json.dumps(rankings, indent=1) + "\n")
@@ -44,22 +55,31 @@ def run(target: str, folder: Path, grids: dict[str, tuple[Grid, ...]] = GRIDS) -
 
 
 def rank(
-    side: str, dtype: str, target: str, pool: Compiler, grids: tuple[Grid, ...]
+    start: Tiles | BreakpointTiles,
+    side: str,
+    dtype: str,
+    target: str,
+    pool: Compiler,
+    grids: Sequence[Grid],
 ) -> dict[str, Any]:
     """All candidates of a kernel, best first, each grid around the best of the one before.
 
     Sizes that are in no machine code, such as the number of programs, are left as they are.
     """
-    start = best = default_for(target)
+    best, algorithm = start, Task(side, dtype, start, target).algorithm
     seen: dict[Task, Compiled | str | None] = {}
     for grid in grids:
         found = [Task(side, dtype, tiles, target) for tiles in candidates(best, grid)]
-        codes = {task.code(): task for task in reversed(found)}  # the first of the same code
-        tasks = [task for task in reversed(codes.values()) if task not in seen]
-        seen |= dict(zip(tasks, pool.examine(tasks, shown=f"{side} {dtype}"), strict=True))
+        first = {task.code(): task for task in reversed(found)}  # of the same code
+        tasks = [task for task in reversed(first.values()) if task not in seen]
+        if tasks:
+            codes = pool.examine(tasks, shown=f"{algorithm} {side} {dtype}")
+            seen |= dict(zip(tasks, codes, strict=True))
         best = min(seen, key=lambda task: _cost(seen[task])).tiles
     order = sorted(seen, key=lambda task: _cost(seen[task]))
     return {
+        "algorithm": algorithm,
+        "item": _ITEMS[algorithm],
         "kernel": side,
         "dtype": dtype,
         "target": target,
@@ -85,21 +105,21 @@ def _row(tiles: Tiles, code: Compiled | str | None) -> dict[str, Any]:
 
 def to_text(ranking: dict[str, Any]) -> str:
     """The best candidates and the default, as a table."""
-    rows, side = ranking["candidates"], ranking["kernel"]
+    rows, side, item = ranking["candidates"], ranking["kernel"], ranking["item"]
     refused = sum(row["refused"] is not None for row in rows)
     lines = [
-        f"{side}, {ranking['dtype']} logits, {ranking['target']}: {len(rows)} candidates, "
-        f"{refused} refused",
-        "rank  cost  instructions/pair  warps/SM  registers  shared  sizes",
+        f"{ranking['algorithm']} {side}, {ranking['dtype']} logits, {ranking['target']}: "
+        f"{len(rows)} candidates, {refused} refused",
+        f"rank   cost  {'instructions/' + item:>18}  warps/SM  registers  shared  sizes",
     ]
     for number, row in enumerate(rows, 1):
         is_default = row["tiles"] == ranking["default"]
         if row["refused"] or not (number <= _SHOWN or is_default):
             continue
         sizes = {n: x for n, x in row["tiles"].items() if n == "few" or n.startswith(side)}
-        per_pair = "-" if row["per_pair"] is None else f"{row['per_pair']:.2f}"
+        instructions = "-" if row["instructions"] is None else f"{row['instructions']:.2f}"
         lines.append(
-            f"{number:4}  {row['cost']:4.2f}  {per_pair:>17}  {row['warps']:8}  "
+            f"{number:4}  {row['cost']:5.2f}  {instructions:>18}  {row['warps']:8}  "
             f"{row['registers']:9}  {row['shared']:6}  "
             + " ".join(f"{name}={size}" for name, size in sizes.items())
             + ("  (default)" if is_default else "")

@@ -294,7 +294,9 @@ def _short(x: Any) -> str:
     if isinstance(x, float):
         return f"{x:.4g}"
     if isinstance(x, dict):
-        inner = [f"{k} {_short(v['median'] if isinstance(v, dict) else v)}" for k, v in x.items()]
+        if "median" in x:
+            return _short(x["median"])
+        inner = [f"{k} {_short(v)}" for k, v in x.items()]
         return "(" + "; ".join(inner[:8]) + ")"
     return str(x)[:_SHOWN]
 

@@ -660,7 +660,7 @@ def benchmark(context: Context) -> Iterator[Task]:
 def _benchmark(context: Context) -> dict[str, Any]:
     bench = importlib.import_module("perf.bench")
     cells, rounds, until = bench.CELLS[context.cells], context.sizes.rounds, context.until - _ENDING
-    with _tuned_sizes(context):
+    with _tuned(context):
         report = bench.run(cells, bench.VARIANTS, context.device, rounds, until, progress=False)
     files = bench.write(report, context.out, "bench")
     rows = report["rows"]
@@ -679,32 +679,41 @@ def _benchmark(context: Context) -> dict[str, Any]:
 
 
 @contextmanager
-def _tuned_sizes(context: Context) -> Iterator[None]:
-    """In it, the package takes the sizes that were tuned into the folder, if there are any."""
-    tiles = importlib.import_module("alrp_triton.kernels.tiles")
-    before = os.environ.get(tiles.FOLDER)
-    if tiles.find_file(timing.machine(context.device)["device"], str(context.out)):
-        os.environ[tiles.FOLDER] = str(context.out)
+def _tuned(context: Context) -> Iterator[None]:
+    """In it, the package takes the sizes and costs in the folder, if there are any."""
+    tuned = importlib.import_module("alrp_triton.kernels.tuned")
+    before = os.environ.get(tuned.FOLDER)
+    if tuned.find_file(timing.machine(context.device)["device"], str(context.out)):
+        os.environ[tuned.FOLDER] = str(context.out)
     try:
         yield
     finally:
-        os.environ.pop(tiles.FOLDER, None)
+        os.environ.pop(tuned.FOLDER, None)
         if before is not None:
-            os.environ[tiles.FOLDER] = before
+            os.environ[tuned.FOLDER] = before
 
 
 def tuning(context: Context) -> Iterator[Task]:
-    """Block sizes for this GPU."""
-    yield Task("tiles", partial(_tune, context))
+    """Block sizes for this GPU, and what the algorithms cost by them."""
+    yield Task("sizes and costs", partial(_tune, context))
 
 
 def _tune(context: Context) -> dict[str, Any]:
     autotune = importlib.import_module("perf.autotune")
     seconds = context.until - _ENDING - time.monotonic()
-    with _tuned_sizes(context):  # those of an earlier run are what has to be beaten
+    with _tuned(context):  # those of an earlier run are what has to be beaten
         result = autotune.tune(context.device, seconds, progress=False)
     files = _names(autotune.write(result, context.out))
-    return {"files": files, "gains": autotune.gains(result), "not_reached": result["left_out"]}
+    costs = {
+        fit["dtype"]: {
+            "taken": fit["taken"],
+            **fit["measured"],
+            "lost_before": fit["before"]["lost"],
+        }
+        for fit in result["fits"]
+    }
+    gains = autotune.gains(result)
+    return {"files": files, "gains": gains, "costs": costs, "not_reached": result["left_out"]}
 
 
 def _names(files: Any) -> list[str]:

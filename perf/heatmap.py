@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# The sizes that decide a kernel's inner loop: a block of positives, and rows of logits.
-AXES = {"count": ("count_block", "count_rows"), "gradient": ("gradient_fold", "gradient_rows")}
+# The sizes that decide a kernel's inner loop: a block of positives, and rows of logits; the
+# breakpoint kernels have rows alone, and the number of programs decides how long they stay.
+AXES = {
+    ("pairwise", "count"): ("count_block", "count_rows"),
+    ("pairwise", "gradient"): ("gradient_fold", "gradient_rows"),
+    ("breakpoints", "count"): ("programs", "count_rows"),
+    ("breakpoints", "gradient"): ("lanes", "gradient_rows"),
+}
 
 
 class Panel(NamedTuple):
@@ -23,7 +29,7 @@ class Panel(NamedTuple):
 
 
 def of_search(searches: list[dict[str, Any]]) -> list[Panel]:
-    """Time over block and rows, relative to the best, of each class and kernel that was reached."""
+    """Time over two sizes, relative to the best, of each class and kernel that was reached."""
     panels = []
     for search in searches:
         rows = search["tried"][0] if search["tried"] else []
@@ -32,35 +38,38 @@ def of_search(searches: list[dict[str, Any]]) -> list[Panel]:
             continue
         relative = [(x["tiles"], x["seconds"] and x["seconds"] / least) for x in rows]
         title = f"{search['side']}, {search['goal']}\ntime / best ({1e6 * least:.0f} us)"
-        panels.append(_panel(title, search["side"], relative, search["start"], "{:.2f}"))
+        axes = AXES[search["algorithm"], search["side"]]
+        panels.append(_panel(title, axes, relative, search["start"], "{:.2f}"))
     return panels
 
 
 def of_rankings(rankings: list[dict[str, Any]]) -> list[Panel]:
-    """Instructions a pair and resident warps, of each kernel and dtype."""
+    """Instructions a pair or logit and resident warps, of each kernel and dtype."""
     panels = []
     for ranking in rankings:
-        name = f"{ranking['kernel']}, {ranking['dtype']}, {ranking['target']}"
+        of_item = f"instructions a {ranking['item']}"
+        name = f"{ranking['algorithm']} {ranking['kernel']}, {ranking['dtype']}"
+        name += f", {ranking['target']}"
         sound = [x for x in ranking["candidates"] if not x["refused"]]
-        for field, label in (("per_pair", "instructions a pair"), ("warps", "warps at once")):
+        for field, label in (("instructions", of_item), ("warps", "warps at once")):
             values = [(x["tiles"], x[field]) for x in sound]
             values += [(x["tiles"], None) for x in ranking["candidates"] if x["refused"]]
-            form, more = ("{:.2f}", False) if field == "per_pair" else ("{:.0f}", True)
+            form, more = ("{:.2f}", False) if field == "instructions" else ("{:.0f}", True)
             title = f"{name}\n{label}, best over the other sizes"
-            default = ranking["default"]
-            panels.append(_panel(title, ranking["kernel"], values, default, form, more))
+            axes = AXES[ranking["algorithm"], ranking["kernel"]]
+            panels.append(_panel(title, axes, values, ranking["default"], form, more))
     return [panel for panel in panels if panel.cells]
 
 
 def _panel(
     title: str,
-    side: str,
+    axes: tuple[str, str],
     values: Sequence[tuple[dict[str, int], float | None]],
     marked: dict[str, int],
     form: str,
     reverse: bool = False,
 ) -> Panel:
-    first, second = AXES[side]
+    first, second = axes
     cells: dict[tuple[int, int], float] = {}
     for tiles, value in values:
         if value is not None:
@@ -68,7 +77,7 @@ def _panel(
             cells[at] = (max if reverse else min)(value, cells.get(at, value))
     tried = {(tiles[first], tiles[second]) for tiles, _ in values}
     in_use = marked[first], marked[second]
-    return Panel(title, (first, second), cells, tried, in_use, form, reverse)
+    return Panel(title, axes, cells, tried, in_use, form, reverse)
 
 
 def save(panels: list[Panel], path: Path) -> list[Path]:

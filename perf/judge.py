@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alrp_triton.kernels import pairwise as kernels
-from alrp_triton.kernels.tiles import Tiles
+from alrp_triton.kernels import breakpoints, pairwise
+from alrp_triton.kernels.tiles import BreakpointTiles, Tiles
 
 from .budgets import (
     Case,
@@ -31,9 +31,15 @@ from .parity_checks import Size, draw_case, poisoned, truth_for, worst, worst_of
 
 def draw(goal: Goal, device: torch.device) -> Case:
     """The call that stands for a class."""
-    classes = 80 if goal.logits >= 160 * goal.positives else 2
-    size = Size(goal.logits // classes, classes, goal.positives)
-    return draw_case(size, goal.stage, goal.dtype, device)
+    return draw_call(goal.positives, goal.logits, goal.stage, goal.dtype, device)
+
+
+def draw_call(
+    positives: int, logits: int, stage: str, dtype: torch.dtype, device: torch.device
+) -> Case:
+    """A call of P positives and about N logits, of 80 classes where each positive has anchors."""
+    classes = 80 if logits >= 160 * positives else 2
+    return draw_case(Size(logits // classes, classes, positives), stage, dtype, device)
 
 
 class Judge:
@@ -45,15 +51,16 @@ class Judge:
         if not self._count_terms.on_slope[0].any():
             raise ValueError("no negative is near a positive: an error would not show")
 
-    def call(self, side: str, tiles: Tiles) -> list[Tensor]:
-        """Count or gradient by the kernels."""
+    def call(self, side: str, tiles: Tiles | BreakpointTiles) -> list[Tensor]:
+        """Count or gradient by the kernels that take these sizes."""
+        kernels = breakpoints if isinstance(tiles, BreakpointTiles) else pairwise
         if side == "count":
             arguments: tuple[Any, ...] = (*self.case.count_input, tiles)
             return list(kernels.count(*arguments))
         arguments = (*self.case.gradient_input, tiles)
         return kernels.gradient(*arguments)
 
-    def refuses(self, side: str, tiles: Tiles) -> str | None:
+    def refuses(self, side: str, tiles: Tiles | BreakpointTiles) -> str | None:
         """Runs a candidate twice; why it may not be chosen, or None."""
         with poisoned():
             first, second = self.call(side, tiles), self.call(side, tiles)
@@ -62,11 +69,11 @@ class Judge:
             return f"wrong: off by {ratio:.3g} times its budget"
         return None if same(first, second) else "two runs differ"
 
-    def _of_count(self, got: list[Tensor], tiles: Tiles) -> float:
+    def _of_count(self, got: list[Tensor], tiles: Tiles | BreakpointTiles) -> float:
         budget = count_budget(self.case, tiles, self._counts, self._count_terms)
         return worst(torch.stack(got), self._counts, budget)
 
-    def _of_gradient(self, got: list[Tensor], tiles: Tiles) -> float:
+    def _of_gradient(self, got: list[Tensor], tiles: Tiles | BreakpointTiles) -> float:
         truth = self._gradients
         return worst_of(got, truth, gradient_budget(self.case, tiles, truth, self._gradient_terms))
 

@@ -1,9 +1,9 @@
 """Candidates of the tuner compiled ahead of time: what the machine code says without a clock.
 
-A candidate that spills registers is out. Of the others, the fewest instructions a pair are best, as
-long as enough warps fit on a multiprocessor. The tuner compiles here on every core at once, which
-also fills Triton's cache; `python -m perf.autotune --dry-run` ranks by this alone, for a GPU that
-need not be there.
+A candidate that spills registers is out. Of the others, the fewest instructions a pair (a logit,
+with breakpoints) are best, as long as enough warps fit on a multiprocessor. The tuner compiles
+here on every core at once, which also fills Triton's cache; `python -m perf.autotune --dry-run`
+ranks by this alone, for a GPU that need not be there.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from alrp_triton.kernels.tiles import Tiles
+from alrp_triton.kernels.tiles import BreakpointTiles, Tiles
 from perf.progress import bar
 
-KERNELS = {"count": "_count_kernel", "gradient": "_gradient_kernel"}
+KERNELS = {"count": "_count_kernel", "gradient": "_gradient_kernel"}  # of both algorithms
 SHAPE = (4, 80, 1)  # of a level as a (N, C) head hands it over; its sizes are in no machine code
 
 
@@ -48,6 +48,9 @@ LIMITS = {
     "gfx942": Limits(32, 32, 64 << 10, 0),
 }
 
+# How often a search halves what a cell of the table holds, at P = 1000 in the middle of training.
+HALVINGS = 3
+
 # Warps of a multiprocessor, two a scheduler, below which nothing else runs while one waits.
 _ENOUGH = 8
 
@@ -58,13 +61,13 @@ class Compiled(NamedTuple):
     registers: int  # a thread
     spills: int
     shared: int  # bytes a program
-    per_pair: float | None  # instructions; None on AMD, whose loops are not read
+    instructions: float | None  # a pair, or a logit; None on AMD, whose code is not read
     warps: int | None  # that a multiprocessor holds at once; None of a GPU that is not in LIMITS
 
     def cost(self) -> float:
         """What candidates are ranked by, where there is no time."""
         share = 1.0 if self.warps is None else min(1.0, max(self.warps, 0.5) / _ENOUGH)
-        return (self.per_pair or 1.0) / share
+        return (self.instructions or 1.0) / share
 
 
 class Task(NamedTuple):
@@ -72,14 +75,20 @@ class Task(NamedTuple):
 
     side: str  # count or gradient
     dtype: str
-    tiles: Tiles
+    tiles: Tiles | BreakpointTiles
     target: str
+
+    @property
+    def algorithm(self) -> str:
+        return "breakpoints" if isinstance(self.tiles, BreakpointTiles) else "pairwise"
 
     def code(self) -> Task:
         """The same for all tasks that are the same machine code."""
         other = "gradient_" if self.side == "count" else "count_"
-        sizes = {x: 1 for x in Tiles._fields if x.startswith(other) or x == "count_programs"}
-        if self.side == "gradient":
+        of_no_code = ("count_programs", "programs", "block", "patterns")  # of the kernel examined
+        fields = self.tiles._fields
+        sizes = {x: 1 for x in fields if x.startswith(other) or x in of_no_code}
+        if self.side == "gradient" and "few" in fields:
             sizes["few"] = 1
         return self._replace(tiles=self.tiles._replace(**sizes))
 
@@ -113,33 +122,62 @@ def examine(task: Task) -> Compiled | str:
     except Exception as error:  # whatever the compiler throws concerns this candidate only
         return f"does not compile: {type(error).__name__}: {str(error)[:200]}"
     given = launch.arguments
-    pairs = given["BLOCK" if task.side == "count" else "FOLD"] * given["ROWS"]  # of a thread
+    read = a_logit if task.algorithm == "breakpoints" else a_pair
+    instructions = read(code, task.side, given) if task.target.startswith("sm_") else None
+    limits = LIMITS.get(task.target)
+    warps = limits and resident_warps(code.registers, code.shared, given["num_warps"], limits)
+    return Compiled(code.registers, code.spills, code.shared, instructions, warps)
+
+
+def a_pair(code: Any, side: str, given: dict[str, Any]) -> float | None:
+    """Instructions of the innermost loop, of a pairwise kernel launched with these arguments."""
+    pairs = given["BLOCK" if side == "count" else "FOLD"] * given["ROWS"]  # of a thread
     # Every H ends in a clamp; a loop around others has more instructions for each.
     clamps = [(loop, _clamps(loop)) for loop in code.loops]
     ratios = [loop.instructions / number for loop, number in clamps if number >= pairs]
-    limits = LIMITS.get(task.target)
-    warps = limits and resident_warps(code.registers, code.shared, given["num_warps"], limits)
-    return Compiled(code.registers, code.spills, code.shared, min(ratios, default=None), warps)
+    return min(ratios, default=None)
 
 
 def _clamps(loop) -> int:
     return sum(number for opcode, number in loop.opcodes.items() if opcode.endswith(".SAT"))
 
 
+def a_logit(code: Any, side: str, given: dict[str, Any]) -> float:
+    """Instructions of the longest way that a full tile can take, of a breakpoint kernel."""
+    from perf import sass
+
+    whole = side == "gradient"  # it has no loop around its tile
+    try:
+        longest = sass.longest_path(code, HALVINGS, whole, _at_the_end)
+    except ValueError:  # Triton 3.6 predicates single reads, so that it cannot be told from others
+        longest = sass.longest_path(code, HALVINGS, whole)
+    return longest / given["ROWS"]
+
+
+def _at_the_end(instruction: Any) -> bool:
+    """Whether it reads or writes the tile at the end of a level, which is not full.
+
+    That goes one by one, while a full tile may be read 16 bytes at a time under a predicate.
+    """
+    one = instruction.opcode.startswith(("LDG", "STG")) and ".128" not in instruction.opcode
+    return bool(instruction.predicate) and one
+
+
 def _launch(task: Task):
-    from alrp_triton.kernels import pairwise
+    from alrp_triton.kernels import breakpoints, pairwise
     from perf import sass
 
     level = torch.empty(SHAPE, dtype=getattr(torch, task.dtype), device="meta")
     target = torch.empty(SHAPE[::2], dtype=torch.int64, device="meta")
     index = torch.zeros(1000, dtype=torch.int64)
     scores, vector = torch.zeros(1000), torch.zeros(1000, dtype=torch.float64)
+    kernels = {"pairwise": pairwise, "breakpoints": breakpoints}[task.algorithm]
     with sass.record() as launches:
         if task.side == "count":
-            pairwise.count([level], [target], scores, vector, 1.0, -100, task.tiles)
+            kernels.count([level], [target], scores, vector, 1.0, -100, task.tiles)
         else:
             given = (index, scores, vector, vector)
-            pairwise.gradient([level], [target], *given, 1.0, -100, task.tiles)
+            kernels.gradient([level], [target], *given, 1.0, -100, task.tiles)
     return next(x for x in launches if x.kernel.fn.__name__ == KERNELS[task.side])
 
 

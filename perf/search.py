@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alrp_triton.kernels.tiles import Tiles
+from alrp_triton.kernels.tiles import BreakpointTiles, Tiles
 from perf import timing
 from perf.candidates import Goal, Grid, candidates
 from perf.judge import Judge
@@ -44,10 +44,13 @@ def better(candidate: Sequence[float], incumbent: Sequence[float]) -> bool:
     return as_many / 2 ** len(rounds) < _CHANCE
 
 
+Sizes = Tiles | BreakpointTiles
+
+
 class Tried(NamedTuple):
     """What became of a candidate."""
 
-    tiles: Tiles
+    tiles: Sizes
     compiled: Compiled | None = None
     refused: str | None = None
     checked: bool = False  # not refused, but perhaps not reached
@@ -69,11 +72,11 @@ class Search:
         self.goal, self.side, self.device, self.until = goal, side, device, until
         self.judge, self.examine = judge, examine
         self.tried: list[list[Tried]] = []  # of each grid
-        self._start: Tiles | None = None  # sizes in use, which only a wrong result or time ousts
-        self._calls: dict[Tiles, Callable[[], object]] = {}
+        self._start: Sizes | None = None  # sizes in use, which only a wrong result or time ousts
+        self._calls: dict[Sizes, Callable[[], object]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def run(self, start: Tiles, grids: Sequence[Grid]) -> tuple[Tiles, dict[str, Any]]:
+    def run(self, start: Sizes, grids: Sequence[Grid]) -> tuple[Sizes, dict[str, Any]]:
         """The sizes to use from now on, and what was measured of them.
 
         `start` stays unless another is better beyond the noise, or `start` itself is refused.
@@ -97,22 +100,22 @@ class Search:
     def _time_is_left(self) -> bool:
         return time.monotonic() < self.until
 
-    def _best_of(self, found: list[Tiles]) -> Tiles:
+    def _best_of(self, found: list[Sizes]) -> Sizes:
         """The fastest of the sound candidates; the first if none is, or no time is left."""
         tried = {tiles: self._check(tiles, code) for tiles, code in self._compile(found)}
         sound = [x.tiles for x in tried.values() if x.checked and not x.refused]
-        best, seconds = found[0], dict[Tiles, float]()
+        best, seconds = found[0], dict[Sizes, float]()
         if sound and self._time_is_left():
             best, seconds = self._race(sound)
         self.tried.append([x._replace(seconds=seconds.get(x.tiles)) for x in tried.values()])
         return best
 
-    def _compile(self, found: list[Tiles]) -> Iterator[tuple[Tiles, Compiled | str | None]]:
+    def _compile(self, found: list[Sizes]) -> Iterator[tuple[Sizes, Compiled | str | None]]:
         target = target_of(self.device)
         tasks = [Task(self.side, str(self.goal.dtype).split(".")[1], x, target) for x in found]
         return zip(found, self.examine(tasks), strict=True)
 
-    def _check(self, tiles: Tiles, code: Compiled | str | None) -> Tried:
+    def _check(self, tiles: Sizes, code: Compiled | str | None) -> Tried:
         """Held to the reference; no candidate is timed before."""
         if isinstance(code, str):
             return Tried(tiles, refused=code)
@@ -126,9 +129,9 @@ class Search:
             refused = f"does not run: {type(error).__name__}: {str(error)[:200]}"
         return Tried(tiles, code, refused, checked=True)
 
-    def _race(self, sound: list[Tiles]) -> tuple[Tiles, dict[Tiles, float]]:
+    def _race(self, sound: list[Sizes]) -> tuple[Sizes, dict[Sizes, float]]:
         """The fastest, and the median of each in the last rounds it was in."""
-        seconds: dict[Tiles, float] = {}
+        seconds: dict[Sizes, float] = {}
         for rounds, share in RACE:
             times = self._time(sound, rounds)
             medians = {x: statistics.median(t) for x, t in zip(sound, times, strict=True)}
@@ -137,24 +140,25 @@ class Search:
             sound = order[: max(1, math.ceil(len(order) * share))]
         return sound[0], seconds
 
-    def _time(self, found: list[Tiles], rounds: int) -> list[list[float]]:
+    def _time(self, found: list[Sizes], rounds: int) -> list[list[float]]:
         """Seconds of each, round by round, side by side."""
         calls = {str(number): self._call(tiles) for number, tiles in enumerate(found)}
         times = timing.interleave(calls, self.device, rounds, until=self.until)
         return list(times.values())
 
-    def _call(self, tiles: Tiles) -> Callable[[], object]:
+    def _call(self, tiles: Sizes) -> Callable[[], object]:
         """A run of a candidate, on a GPU as a CUDA graph: a small class would time the host.
 
         The graphs share their memory, as they run one after the other and nobody reads results.
         """
         if tiles not in self._calls:
             call = partial(self.judge.call, self.side, tiles)
-            self._calls[tiles] = call if self._pool is None else _captured(call, self._pool)
+            self._calls[tiles] = call if self._pool is None else captured(call, self._pool)
         return self._calls[tiles]
 
 
-def _captured(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+def captured(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """What replays a call from a CUDA graph, in memory that the graphs of a pool share."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()

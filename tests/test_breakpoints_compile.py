@@ -38,9 +38,6 @@ KERNELS = {
     "_clear_kernel", "_own_kernel",
 }  # fmt: skip
 
-# How often a search halves what a cell of the table holds, at P = 1000 in the middle of training.
-HALVINGS = 3
-
 
 def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list:
     """The launches of one count and one gradient."""
@@ -70,6 +67,7 @@ def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 
 def _figures(target: str) -> dict[str, dict[str, Any]]:
     """Registers and spills of each kernel and case; instructions a logit where logits are read."""
     from perf import sass
+    from perf.machine_code import a_logit
 
     figures: dict[str, dict[str, Any]] = {}
     seen = set()
@@ -82,29 +80,10 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
             code = sass.compile_launch(launch, target)
             figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
             if target.startswith("sm") and name in ("_count_kernel", "_gradient_kernel"):
-                longest = _longest_path(code, name == "_gradient_kernel")
-                figure["per_logit"] = longest / launch.arguments["ROWS"]
+                side = name.strip("_").removesuffix("_kernel")
+                figure["per_logit"] = a_logit(code, side, launch.arguments)
             figures[f"{name} {case} {len(seen)}"] = figure
     return figures
-
-
-def _longest_path(code: Any, whole: bool) -> int:
-    """Of a full tile; Triton 3.6 predicates single reads, so that it cannot be told from others."""
-    from perf import sass
-
-    try:
-        return sass.longest_path(code, HALVINGS, whole, _at_the_end)
-    except ValueError:
-        return sass.longest_path(code, HALVINGS, whole)
-
-
-def _at_the_end(instruction: Any) -> bool:
-    """Whether it reads or writes the tile at the end of a level, which is not full.
-
-    That goes one by one, while a full tile may be read 16 bytes at a time under a predicate.
-    """
-    one = instruction.opcode.startswith(("LDG", "STG")) and ".128" not in instruction.opcode
-    return bool(instruction.predicate) and one
 
 
 def _variants(target: str) -> list[int]:

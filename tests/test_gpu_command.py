@@ -206,26 +206,31 @@ def row(variant, distribution, **changed):
     return {**cell, "variant": variant, "parity": True, "seconds": 0.5, **changed}
 
 
-def test_the_benchmark_takes_the_sizes_just_tuned(tmp_path, monkeypatch):
+def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatch):
     bench, autotune = (importlib.import_module(f"perf.{name}") for name in ("bench", "autotune"))
-    tiles = importlib.import_module("alrp_triton.kernels.tiles")
-    monkeypatch.setenv(tiles.FOLDER, "elsewhere")
+    tuned = importlib.import_module("alrp_triton.kernels.tuned")
+    monkeypatch.setenv(tuned.FOLDER, "elsewhere")
     context = steps.Rehearsal(tmp_path)
     context.until = time.monotonic() + 60
     found = []
 
+    measured = {"worst_ratio": {}, "calls": 3, "slower": 1, "lost": 0.01, "most_lost": 0.03}
+    fitted = {"dtype": "float32", "taken": True, "measured": measured, "before": measured}
+
     def tune(device, seconds, progress):
-        found.append(os.environ[tiles.FOLDER])
+        found.append(os.environ[tuned.FOLDER])
         assert 0 < seconds <= 60
         return {
             "pairwise": [],
+            "breakpoints": [],
             "left_out": [],
             "search": [],
+            "fits": [fitted],
             "machine": steps.timing.machine(device),
         }
 
     def run(cells, variants, device, rounds, until, progress):
-        found.append(os.environ[tiles.FOLDER])
+        found.append(os.environ[tuned.FOLDER])
         ours = [row(bench.OURS, "init"), row(bench.OURS, "mid"), row("other", "mid", parity=False)]
         return {"rows": ours, "dropped": []}
 
@@ -233,12 +238,14 @@ def test_the_benchmark_takes_the_sizes_just_tuned(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench, "write", lambda report, folder, name: [folder / f"{name}.json"])
     (tuning,), (benchmark,) = steps.tuning(context), steps.benchmark(context)
-    assert tuning.run()["gains"] == {}
+    told = tuning.run()
+    assert told["gains"] == {}
+    assert told["costs"]["float32"] == measured | {"taken": True, "lost_before": 0.01}
     timed = benchmark.run()
     assert timed["ok"]
     assert timed["milliseconds"] == {bench.OURS: 500.0}
     assert found == ["elsewhere", str(tmp_path)]
-    assert os.environ[tiles.FOLDER] == "elsewhere"
+    assert os.environ[tuned.FOLDER] == "elsewhere"
 
 
 def test_a_benchmark_that_is_wrong_fails(tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ from .intervals import count_negatives
 from .levels import bits_of, jit, real, write_own
 from .ramps import write_gradient
 from .scan import integrate
-from .tiles import BreakpointTiles, breakpoint_tiles
+from .tiles import BreakpointTiles
+from .tuned import breakpoint_tiles_for
 
 
 @jit
@@ -131,8 +132,10 @@ def _window_mean(running, integral, lower, upper, mask, delta):
 
 
 def choose_tiles(logits: Sequence[Tensor], scores: Tensor) -> BreakpointTiles:
-    """The sizes for a call."""
-    return breakpoint_tiles(scores.device, scores.dtype)
+    """The sizes for a call, those of its class."""
+    dtype = logits[0].dtype if logits else scores.dtype
+    size = sum(level.numel() for level in logits)
+    return breakpoint_tiles_for(scores.device, dtype, scores.numel(), size)
 
 
 def count(
@@ -151,7 +154,7 @@ def count(
     Args:
         logits, targets, values, delta, ignore_index, groups, own_groups: as there.
         scores: (P,) finite scores of the positives, -inf for padding, anywhere.
-        tiles: sizes of the kernels, if not those of the device.
+        tiles: sizes of the kernels, if not those of the call's class on the device.
 
     Returns:
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
@@ -228,7 +231,7 @@ def gradient(
         logits, targets, weights, own, delta, ignore_index, groups, own_groups: as there.
         index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
         scores: (P,) finite scores of the positives, -inf for padding.
-        tiles: sizes of the kernels, if not those of the device.
+        tiles: sizes of the kernels, if not those of the call's class on the device.
     """
     if not scores.numel():
         return [torch.zeros_like(level) for level in logits]

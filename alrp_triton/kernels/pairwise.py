@@ -44,7 +44,8 @@ from .levels import (
     real,
     write_own,
 )
-from .tiles import Tiles, tiles_for
+from .tiles import Tiles
+from .tuned import tiles_for
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
