@@ -638,18 +638,36 @@ def _profile(context: Context, draw: Callable[[], Case], algorithm: str) -> dict
 
 
 def rates(context: Context) -> Iterator[Task]:
-    """Atomic adds and look-ups in tables a second."""
-    memory_rates = importlib.import_module("perf.memory_rates")  # needs triton
-    size = (context.device, *context.sizes.rate, context.sizes.rounds)
-    device, programs, repeats, rounds = size
+    """What the choice among algorithms and primitives hangs on; each result is checked.
+
+    Adds in memory, and the count that is made of them; look-ups; the instructions that pairwise
+    issues; how long breakpoints take to begin.
+    """
+    memory_rates, kernel_rates = (  # need triton
+        importlib.import_module(f"perf.{name}") for name in ("memory_rates", "kernel_rates")
+    )
+    device, rounds, (programs, repeats) = context.device, context.sizes.rounds, context.sizes.rate
+
+    def of_kernels(measure: Callable[..., dict[str, Any]], size: Size, stage: str) -> dict:
+        case = parity_checks.draw_case(size, stage, torch.float32, device)
+        return measure(case, context.capture, rounds)
+
     for slots, at_random in memory_rates.ADDS:
         name = f"adds to {slots} slots {'at random' if at_random else 'in turn'}"
         measure = memory_rates.measure_adds
         yield Task(name, partial(measure, device, slots, at_random, programs, repeats, rounds))
+    full, many = context.sizes.full, context.sizes.many
+    for stage in ("init", "mid", "spread"):
+        intervals = partial(of_kernels, kernel_rates.measure_intervals, full, stage)
+        yield Task(f"logits counted between edges, {stage}", intervals)
     for gather in memory_rates.LOOK_UPS:
         name = f"look-ups by {'tl.gather' if gather else 'tl.load'}"
         measure = memory_rates.measure_look_ups
         yield Task(name, partial(measure, device, gather, max(1, programs // 4), repeats, rounds))
+    yield Task("pairs, spread", partial(of_kernels, kernel_rates.measure_pairs, full, "spread"))
+    for size in (full, many):
+        sort = partial(of_kernels, kernel_rates.measure_edges, size, "mid")
+        yield Task(f"edges of {size.positives:,} positives sorted", sort)
 
 
 def benchmark(context: Context) -> Iterator[Task]:
@@ -744,11 +762,12 @@ def _pytest(context: Context) -> dict[str, Any]:
     return {"ok": done.returncode == 0, "summary": summary, "failed": failed}
 
 
-# In the order of their worth: what has to be right, what the package promises, the rest. The
-# seconds are those of a GPU, kernels still to be compiled; what does not fit into the command's
-# time is cut from the end, and said.
+# In the order of their worth: what the design hangs on, what has to be right, what the package
+# promises, the rest. The seconds are those of a GPU, kernels still to be compiled; what does not
+# fit into the command's time is cut from the end, and said.
 STEPS = (
     Step("machine", about, 20),
+    Step("rates", rates, 45),
     Step("parity", parity, 150, required=True),
     Step("edges", edges, 90, required=True),
     Step("repeatability", repeatability, 30, required=True),
@@ -757,11 +776,10 @@ STEPS = (
     Step("boxes", boxes, 30),
     Step("memory", memory, 15),
     Step("timings", timings, 60),
-    Step("tuning", tuning, 100),
-    Step("benchmark", benchmark, 120),  # by the sizes just tuned
+    Step("tuning", tuning, 150),
+    Step("benchmark", benchmark, 120),  # by the sizes and costs just found
     Step("variants", variants, 20),
     Step("compilation", compilation, 60),
-    Step("rates", rates, 30),
     Step("assertions", assertions, 40),
     Step("tests", tests, 90),
 )

@@ -101,6 +101,28 @@ def test_a_planted_failure_is_named(tmp_path):
     assert failure in gpu.table(report)
 
 
+def test_what_the_design_hangs_on_is_measured_first_and_checked(tmp_path, monkeypatch):
+    order = [step.name for step in steps.STEPS]
+    assert order[:2] == ["machine", "rates"]
+    kernel_rates = importlib.import_module("perf.kernel_rates")
+    context = steps.Rehearsal(tmp_path)
+    case = parity_checks.draw_case(context.sizes.full, "spread", torch.float32, context.device)
+    found = kernel_rates.measure_intervals(case, context.capture, 1)
+    assert found["ok"]
+    negatives = case.negatives()
+    assert found["relevant"] * case.logits[0].numel() == pytest.approx(
+        (negatives >= case.scores.min() - case.delta).sum().item()
+    )
+    assert kernel_rates.measure_edges(case, context.capture, 1)["ok"]
+    for name, module in (("intervals", kernel_rates.breakpoints), ("pairs", kernel_rates.pairwise)):
+        right = module.count
+        monkeypatch.setattr(module, "count", lambda *x, right=right: [y * 1.001 for y in right(*x)])
+        wrong = getattr(kernel_rates, f"measure_{name}")(case, context.capture, 1)
+        assert not wrong["ok"]
+        assert "seconds" not in wrong
+        assert "times its budget" in wrong["error"]
+
+
 @pytest.mark.parametrize("part", ["values", "by_logits", "by_loc_errors"])
 def test_a_loss_that_is_off_by_a_little_shows(part, monkeypatch):
     honest = parity_checks.evaluate
