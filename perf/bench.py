@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import peers
 from .bench_report import to_markdown, write
+from .goals import STANDARDS, judge
 from .real_boxes import retinanet_call
 from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
 from .truth import Parity, Truth, compare
@@ -287,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(f"--peers: {error}")
     call = retinanet_call(options.coco, device=options.device)
     report = run(CELLS[options.cells], variants, options.device, options.rounds, until)
+    report["goals"] = judge(report["rows"], STANDARDS[options.cells])
     report["retinanet"] = call
     print(to_markdown(report))
     for path in write(report, options.out, options.name):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .goals import compared
 from .variants import OURS
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _COLUMNS = (
     "error of the gradient",
     "of the value",
 )
+
+_GOAL_COLUMNS = ("what", "to reach", "found", "reached", "where")
 
 _NOTES = f"""\
 Each row is forward + backward of one call. ms: median of the runs, which are interleaved with those
@@ -59,15 +63,19 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """A table for each dtype and delta, losing rows and all, and what was left out."""
+    """What was to be reached, a table for each dtype and delta, losing rows too, and the rest."""
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     parts = [f"{facts}; a copy moves {report['bandwidth'] / 1e9:.3g} GB/s\n"]
     call = report.get("retinanet")
     if call:
         parts.append(_describe(call))
+    if goals := report.get("goals"):
+        parts.append(f"## To be reached\n\n{_table(_GOAL_COLUMNS, map(_goal_cells, goals))}\n")
     for dtype, delta in dict.fromkeys((row["dtype"], row["delta"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["dtype"], row["delta"]) == (dtype, delta)]
-        parts.append(f"## {dtype}, delta = {delta:g}\n\n{_table(rows)}\n")
+        parts.append(f"## {dtype}, delta = {delta:g}\n\n{_table(_COLUMNS, map(_cells, rows))}\n")
+    if algorithms := [*compared(report["rows"])]:
+        parts.append(f"## Pairwise against breakpoints\n\n{_both_algorithms(algorithms)}\n")
     if report["dropped"]:
         left_out = "\n".join(map(_say_dropped, report["dropped"]))
         parts.append(f"## Left out\n\n{left_out}\n")
@@ -86,9 +94,28 @@ def _describe(call: dict[str, Any]) -> str:
     )
 
 
-def _table(rows: list[Row]) -> str:
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, rows)]
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _both_algorithms(cells: list[tuple[str, dict[str, float]]]) -> str:
+    """Milliseconds of both, and of what was chosen, cell by cell."""
+    columns = list(dict.fromkeys(variant for _, seconds in cells for variant in seconds))
+    rows = [
+        (cell, *(f"{1e3 * seconds[x]:.3g}" if x in seconds else "-" for x in columns))
+        for cell, seconds in cells
+    ]
+    return _table(("cell", *(f"{name}, ms" for name in columns)), rows)
+
+
+def _goal_cells(goal: dict[str, Any]) -> tuple[str, ...]:
+    bound, reached = "-", "-"
+    if goal["bound"] is not None:
+        bound = f"at {'least' if goal['at_least'] else 'most'} {goal['bound']:g}"
+        reached = "yes" if goal["reached"] else "no"
+    where = f"{goal['cell']} (worst of {goal['cells']})"
+    return goal["what"], bound, f"{goal['found']:.3g}", reached, where
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -680,8 +680,9 @@ def _benchmark(context: Context) -> dict[str, Any]:
     cells, rounds, until = bench.CELLS[context.cells], context.sizes.rounds, context.until - _ENDING
     with _tuned(context):
         report = bench.run(cells, bench.VARIANTS, context.device, rounds, until, progress=False)
-    files = bench.write(report, context.out, "bench")
     rows = report["rows"]
+    report["goals"] = bench.judge(rows, bench.STANDARDS[context.cells])
+    files = bench.write(report, context.out, "bench")
     wrong = [row for row in rows if row["variant"] == bench.OURS and not row["parity"]]
     result = {"ok": not wrong, "rows": len(rows), "files": _names(files)}
     # As in the middle of a training, where most of it is spent.
@@ -693,6 +694,10 @@ def _benchmark(context: Context) -> dict[str, Any]:
         result["milliseconds"] = {
             row["variant"]: 1e3 * row["seconds"] for row in same_cell if row["parity"]
         }
+    result["goals"] = {
+        goal["what"]: {name: goal[name] for name in ("found", "bound", "reached")}
+        for goal in report["goals"]
+    }
     return result | {"not_run": [f"{x['variant']}: {x['why']}" for x in report["dropped"]]}
 
 
