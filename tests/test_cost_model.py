@@ -54,14 +54,21 @@ def test_known_prices_are_found():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_crossovers_are_found_through_noise(seed):
-    """Times that are off by 3 %: the time at the true crossover, and so what is lost, is not."""
-    found = fit(timed(TRUE, 0.03, seed))
+    """A fit averages: what it predicts is off by less than three deviations of a single time.
+
+    So where it takes both algorithms to be equal, they are, to twice as much; between the sizes
+    that were timed, too.
+    """
+    noise = 0.03
+    found = fit(timed(TRUE, noise, seed))
     assert all(price >= 0 for prices in found for price in prices)
-    for logits in (48_000, 500_000, 1_000_000, 4_000_000, 20_950_000):
-        assert crossover(found, logits) == pytest.approx(crossover(TRUE, logits), rel=0.15)
     exact = quality(found, timed(TRUE))
-    assert exact.most_lost < 0.1
-    assert max(exact.worst_ratio.values()) < 1.1
+    assert max(exact.worst_ratio.values()) < np.exp(3 * noise)
+    assert exact.most_lost < np.exp(6 * noise) - 1
+    for logits in (48_000, 200_000, 1_000_000, 4_000_000, 20_950_000):
+        call = crossover(found, logits), logits
+        ratio = TRUE.pairwise.seconds(*call) / TRUE.breakpoints.seconds(*call)
+        assert abs(np.log(ratio)) < 6 * noise
 
 
 def test_no_price_is_below_zero():
