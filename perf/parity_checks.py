@@ -19,7 +19,16 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss, ops
 
-from .budgets import IGNORE, Case, count_budget, find, gradient_budget, gradient_of, to_device
+from .budgets import (
+    IGNORE,
+    Case,
+    count_budget,
+    find,
+    gradient_budget,
+    gradient_of,
+    group,
+    to_device,
+)
 from .loss_budget import LOSSES, evaluate, loss_budget
 from .workloads import draw_logits, draw_targets
 
@@ -67,8 +76,8 @@ def judge(case: Case, kernels: ModuleType) -> dict[str, Any]:
     """Holds one count and one gradient to the truth."""
     reference, tiles = truth_for(case), kernels.choose_tiles(case.logits, case.scores)
     with poisoned():
-        counts = torch.stack(kernels.count(*case.count_input))
-        gradients = kernels.gradient(*case.gradient_input)
+        counts = torch.stack(kernels.count(*case.count_input, **case.grouping))
+        gradients = kernels.gradient(*case.gradient_input, **case.grouping)
     exact = case.expected_count(torch.float64, reference)
     ratios = dict(
         zip(
@@ -227,6 +236,20 @@ def edge_cases(size: Size, device: torch.device) -> dict[str, Callable[[], Case]
         logits = logits[: size.positives]
         return [logits], [torch.ones_like(logits)]
 
+    def grouped(drawn: Callable[[], Case], by_image: bool) -> Callable[[], Case]:
+        def with_groups() -> Case:
+            case = drawn()
+            if by_image:
+                places = [
+                    torch.arange(x.shape[0]).view(-1, *[1] * (x.dim() - 1)) for x in case.targets
+                ]
+                return group(
+                    case, [x.expand_as(y) for x, y in zip(places, case.targets, strict=True)]
+                )
+            return group(case, [torch.randint(-2, 3, x.shape) * 2**40 for x in case.targets])
+
+        return with_groups
+
     single = torch.float32
     return {
         "levels, awkward strides, class indices": case(_pyramid, single, False, size),
@@ -235,6 +258,11 @@ def edge_cases(size: Size, device: torch.device) -> dict[str, Callable[[], Case]
         "the same, float64": case(_pyramid, torch.float64, False, size),
         "the same, padded": case(_pyramid, single, False, size, padding=37),
         "the same, delta = 0": case(_pyramid, single, False, size, delta=0.0),
+        "the same, within images": grouped(case(_pyramid, single, False, size, padding=37), True),
+        "the same, within any groups": grouped(case(_pyramid, single, True, size), False),
+        "the same, bfloat16 within images": grouped(
+            case(_pyramid, torch.bfloat16, False, size), True
+        ),
         "one positive": case(_plain, size, 1),
         "no positive": case(_plain, size, 0),
         "no positive, padded": case(_plain, size, 0, padding=5),

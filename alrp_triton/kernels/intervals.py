@@ -428,7 +428,7 @@ def count_negatives(
     delta: float,
     ignore_index: int,
     tiles: BreakpointTiles,
-    lines: Lines | None,
+    lines: Lines | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How many negatives lie behind each edge, the sum of their distances, and how many are NaN."""
     number = edges.high.numel()
