@@ -447,7 +447,7 @@ def prepare_ranking(
             f"got {len(level_targets)}"
         )
     laid_out = [
-        _lay_out(level, target, levels[0])
+        _lay_out(level, target, levels[0], ignore_index)
         for level, target in zip(levels, level_targets, strict=True)
     ]
     level_groups = _lay_out_groups(groups, level_targets, levels, laid_out)
@@ -489,7 +489,9 @@ def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:
     return list(levels)
 
 
-def _lay_out(logits: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def _lay_out(
+    logits: Tensor, targets: Tensor, first: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     """A level as (B, C, M), its targets as (B, M) or (B, C, M): views, if the strides allow."""
     if logits.dtype not in _DTYPES:
         raise TypeError(
@@ -520,8 +522,9 @@ def _lay_out(logits: Tensor, targets: Tensor, first: Tensor) -> tuple[Tensor, Te
         return logits, targets.reshape(batch, classes, places)
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"targets: expected integer class indices, got {targets.dtype}")
-    # An unsigned byte cannot be compared with ignore_index = -100.
-    targets = targets.short() if targets.dtype == torch.uint8 else targets
+    range_ = torch.iinfo(targets.dtype)
+    if not range_.min <= ignore_index <= range_.max or classes > range_.max:
+        targets = targets.long()  # or what they are compared with would wrap around
     return logits, targets.reshape(batch, places)
 
 

@@ -599,3 +599,15 @@ def test_backend_set_once_for_a_program():
     finally:
         set_backend()
     assert torch.equal(ap_loss(logits, targets, impl="torch", algorithm="pairwise"), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"), [(torch.int8, -100), (torch.int8, 300), (torch.uint8, -100)]
+)
+def test_class_indices_of_few_bits(dtype, ignore_index):
+    """More classes than int8 can count, or an ignore_index out of its range: nothing wraps."""
+    logits = torch.randn(40, 130, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(40) * 3
+    targets[30:] = 130 if dtype == torch.uint8 else -1
+    settings = {"ignore_index": ignore_index}
+    assert ap_loss(logits, targets.to(dtype), **settings) == ap_loss(logits, targets, **settings)
