@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from perf.budgets import IGNORE
+from perf.parity_checks import Size, draw_case, judge
+from reference import breakpoints
 
 pytest.importorskip("triton")
 locate = importlib.import_module("alrp_triton.kernels.locate").locate
@@ -41,6 +45,67 @@ def test_counts_and_gradients_are_known(number: int, algorithm: str) -> None:
     assert gradient[[0, -1]].flatten().tolist() == [-0.5, -0.25]
     assert (gradient[-10:-1] == 0.75).all()
     assert int(gradient.count_nonzero()) == 11
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fifty_thousand_positives(dtype: torch.dtype) -> None:
+    """The tables have 100,000 edges; the truth is the reference's breakpoints, not every pair."""
+    case = draw_case(Size(50_000, 40, 50_000), "mid", dtype, DEVICE)
+    kernels = importlib.import_module("alrp_triton.kernels.breakpoints")
+    assert judge(case, kernels)["ok"]
+
+
+def test_edges_of_fifty_thousand_positives() -> None:
+    """Those of the reference, bit by bit."""
+    edges = importlib.import_module("alrp_triton.kernels.edges")
+    scores = (1.5 * torch.randn(50_000) - 1).to(DEVICE)
+    got, expected = edges.sort_edges(scores, 1.0), breakpoints._edges(scores, 1.0)
+    assert torch.equal(got.keys[:100_000], expected.key)
+    assert torch.equal(
+        got.ranks[:2, got.order.argsort()] + 1, torch.stack([expected.lower, expected.upper]).int()
+    )
+
+
+# 86 million logits are a global batch of 16 images of 1344 x 800 px (ATSS).
+_LARGE_CALL = """
+from pathlib import Path
+import torch
+from alrp_triton import alrp_loss
+
+def peak():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return 1024 * int(line.split()[1])
+
+torch.manual_seed(0)
+logits = torch.empty(1_075_000, 80)
+for part in logits.split(50_000):
+    part.normal_(-7, 1.5)
+targets = torch.full((1_075_000,), -1, dtype=torch.int32)
+anchors = torch.arange(0, 1_075_000, 1075)
+targets[anchors] = 7
+logits[anchors, 7] += 6
+alrp_loss(logits[:20_000].clone().requires_grad_(), targets[:20_000], torch.rand(19))[0].backward()
+logits.requires_grad_()
+Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+before = peak()
+cls, loc = alrp_loss(logits, targets, torch.rand(1000))
+forward = peak() - before
+cls.backward()
+print(forward, peak() - before - 4 * logits.numel(), logits.grad.abs().sum().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_86_million_logits_on_a_cpu() -> None:
+    """Peak memory beyond the logits and their gradient: 2 % of the logits and 32 MB at most."""
+    command = [sys.executable, "-c", _LARGE_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    forward, both, total = (float(x) for x in done.stdout.split())
+    allowed = 0.02 * 4 * 86_000_000 + (32 << 20)
+    assert forward <= allowed
+    assert both <= allowed
+    assert 0.1 < total < 2  # of positives and negatives, which are half of it each
 
 
 def test_skewed_offsets_beyond_32_bits() -> None:
