@@ -226,7 +226,7 @@ def parity(context: Context) -> Iterator[Task]:
 def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -> dict[str, Any]:
     case = draw()
     operators = parity_checks.judge(case, kernels)
-    if (case.index < 0).any():  # the losses would have to be told where the padding is
+    if case.groups or (case.index < 0).any():  # which the losses would have to be told of
         return operators
     losses = parity_checks.judge_losses(case, algorithm, kernels)
     ratios = {**operators["error_over_budget"], **losses["error_over_budget"]}

@@ -40,7 +40,7 @@ class Parity(NamedTuple):
     holds: bool
 
 
-def ranking(inputs: Inputs) -> Truth:
+def ranking(inputs: Inputs, by_image: bool = False) -> Truth:
     """cls of aLRP and the gradient that rides on it, of the same logits upcast to float64."""
     leaf = inputs.logits.double().requires_grad_()
     positives = inputs.loc_errors.numel()
@@ -51,6 +51,7 @@ def ranking(inputs: Inputs) -> Truth:
         inputs.loc_errors.double(),
         inputs.delta,
         impl="torch",
+        groups=inputs.images if by_image else None,
         algorithm="pairwise" if pairs <= _SPECIFIED else "breakpoints",
     )
     cls.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class Variant(NamedTuple):
     limit: Limit = no_limit  # why it is left out of a cell on a type of device, if it is
 
 
-def package(impl: str, algorithm: str) -> Bind:
+def package(impl: str, algorithm: str, by_image: bool = False) -> Bind:
     """aLRP of this package, cls alone: the gradient of the whole aLRP by the logits rides on it."""
 
     def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
@@ -41,6 +42,7 @@ def package(impl: str, algorithm: str) -> Bind:
                 inputs.targets,
                 inputs.loc_errors,
                 inputs.delta,
+                groups=inputs.images if by_image else None,
                 impl=impl,
                 algorithm=algorithm,
             )
@@ -95,6 +97,9 @@ VARIANTS = {
         package("torch", "pairwise"), limit=at_most_pairs(cpu=3e7, cuda=3e9)
     ),
     "breakpoints, torch": Variant(package("torch", "breakpoints")),
+    "ranked within 8 images": Variant(
+        package("auto", "auto", by_image=True), partial(ranking, by_image=True)
+    ),
     "published loop": Variant(
         from_forward(rivals.PublishedLoop), limit=at_most_pairs(cpu=2e9, cuda=2e11)
     ),

@@ -17,6 +17,8 @@ DISTRIBUTIONS = {
     "spread": ((0.0, 2.0), (0.0, 2.0)),
 }
 
+_IMAGES = 8  # of a batch, where positives are ranked within their image
+
 
 class Cell(NamedTuple):
     """One workload: a cell of the table that a benchmark fills."""
@@ -103,6 +105,12 @@ class Inputs:
         out[anchors, self.targets[anchors]] = 1
         out[self.targets == -100] = -1
         return out
+
+    @cached_property
+    def images(self) -> Tensor:
+        """(N / C,) int64 the image of each anchor, one image after the other."""
+        anchors = torch.arange(self.targets.numel(), device=self.targets.device)
+        return anchors * _IMAGES // self.targets.numel()
 
 
 def draw(cell: Cell, device: torch.device) -> Inputs:

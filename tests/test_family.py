@@ -206,9 +206,10 @@ def test_every_loss_is_algorithm_1(loss, algorithm, batch):
     check(loss, batch, algorithm=algorithm)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_is_algorithm_1_on_the_kernels(loss, algorithm):
+def test_every_loss_is_algorithm_1_on_the_kernels(loss, algorithm, grouped):
     """Of float64 logits; breakpoints place a logit in fixed point, as finely as float32 does."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
@@ -216,8 +217,9 @@ def test_every_loss_is_algorithm_1_on_the_kernels(loss, algorithm):
     targets = torch.zeros_like(logits, dtype=torch.int64)
     targets[::5], targets[3::7] = 1, -1
     values = torch.rand(60, dtype=torch.float64, generator=generator).to(DEVICE)[targets == 1]
+    groups = torch.arange(60, device=DEVICE) % 4 - 1 if grouped else None
     for delta in DELTAS:
-        batch = Batch(logits, targets, None, values, delta, 0.0)
+        batch = Batch(logits, targets, groups, values, delta, 0.0)
         check(loss, batch, 64 * EPS, 64 * EPS, impl="triton", algorithm=algorithm)
 
 
