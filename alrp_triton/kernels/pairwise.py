@@ -54,8 +54,9 @@ FAST_RANGE = tl.constexpr(4.0)
 _RANKED = 8
 
 # Positives that the gradient sums at a time, at most, where a pair takes a comparison: under the
-# hard step, and with groups.
-_SHORT_FOLD = 16
+# hard step, and with groups. With more, registers run out.
+_HARD_FOLD = 16
+_GROUPED_FOLD = 8
 
 # Positives of a block that meet logits of several groups.
 _MOST_GROUPED = 64
@@ -472,8 +473,8 @@ def choose_tiles(
         tiles = tiles_for(scores.device, dtype, scores.numel(), size)
     if scores.dtype == torch.float64:  # no more than registers hold
         return tiles._replace(
-            few=min(tiles.few, 16),
-            count_block=min(tiles.count_block, 16),
+            few=min(tiles.few, 2 if grouped else 16),
+            count_block=min(tiles.count_block, 4 if grouped else 16),
             count_rows=1,
             count_stages=1,
             gradient_block=min(tiles.gradient_block, 16),
@@ -654,10 +655,9 @@ def gradient(
         table, last, common = _prepare(scores, weights, lines, delta, block, tiles.few)
         of_levels = [None] * len(logits) if lines is None else lines.levels
         lanes = tiles.lanes * tiles.gradient_warps
-        # Who compares and selects runs out of registers with more positives at a time.
-        fold = min(tiles.gradient_fold, block)
-        if delta == 0 or lines is not None:
-            fold = min(fold, _SHORT_FOLD)
+        fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
+        if lines is not None:
+            fold = min(fold, _GROUPED_FOLD)
         for level, target, line, out in zip(logits, targets, of_levels, gradients, strict=True):
             if level.numel():
                 _gradient_kernel[(triton.cdiv(level.numel(), rows * lanes),)](
