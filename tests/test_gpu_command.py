@@ -35,8 +35,8 @@ def planted(context):
         choose_tiles, gradient = (staticmethod(x) for x in (kernels.choose_tiles, kernels.gradient))
 
         @staticmethod
-        def count(*arguments):
-            nfp, rank_positive, value_sum = kernels.count(*arguments)
+        def count(*arguments, **grouping):
+            nfp, rank_positive, value_sum = kernels.count(*arguments, **grouping)
             return nfp * (1 + 1e-4), rank_positive, value_sum
 
     case = draw(context.sizes.full, "spread", torch.float32, context.device)
@@ -225,7 +225,8 @@ def test_rehearsal(tmp_path, capsys):
 
 def row(variant, distribution, **changed):
     cell = {"dtype": "float32", "N": 60, "P": 5, "delta": 1.0, "distribution": distribution}
-    return {**cell, "variant": variant, "parity": True, "seconds": 0.5, **changed}
+    measured = {"parity": True, "seconds": 0.5, "extra_bytes": None}
+    return {**cell, "variant": variant, **measured, **changed}
 
 
 def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatch):
