@@ -134,7 +134,7 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
     """Of a tile whose places behind the end read as NaN; with targets, among the negatives."""
     nan = s != s
     if targets is not None:
-        nan = nan & (read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0)
+        nan = nan & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
         behind = 0
     return tl.sum(tl.sum(nan.to(tl.int32), 0), 0) - behind
 
@@ -162,7 +162,7 @@ def _count_tile(
     if (highest >= lowest) | (highest != highest):
         negative = s >= lowest
         if targets is not None:
-            negative = negative & (read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0)
+            negative = negative & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
         inner = tl.minimum(tl.maximum(s, first), last)
         copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)
 
@@ -198,7 +198,7 @@ def _count_across_lines(
     """Adds the negatives of a tile, each on a line of its own."""
     negative = s >= limits[0]
     if targets is not None:
-        negative = negative & (read_tile(targets, tile, size, 1, False, ROWS, LANES)[0] == 0)
+        negative = negative & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
     if tl.max(tl.max(negative.to(tl.int32), 0), 0) > 0:
         inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
         copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)

@@ -209,7 +209,7 @@ def _gradient_kernel(
         if highest != highest:
             g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
     if targets is not None:
-        negative = read_tile(targets, tile, size, 1, False, 0, ROWS * LANES)[0] == 0
+        negative = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)[0] == 0
         g = tl.where(negative, g, 0.0)
     write_tile(out, tile, behind, g.to(out.dtype.element_ty), ALIGNED, 0, ROWS * LANES)
 
