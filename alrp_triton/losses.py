@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import check_kind, localisation_errors
-from .functional import LogitsOrLevels, alrp_loss, ap_loss, ndcg_loss, rank_sort_loss
+from .functional import alrp_loss, ap_loss, ndcg_loss, rank_sort_loss
+from .inputs import LogitsOrLevels
 
 
 class ALRPOutput(NamedTuple):

@@ -44,7 +44,7 @@ from alrp_triton.errors import (
     ap_errors,
     sorting_errors,
 )
-from alrp_triton.functional import check_per_positive, prepare_ranking
+from alrp_triton.inputs import check_per_positive, prepare_ranking
 
 __all__ = ["APLoss", "AP_loss", "RankSort", "aLRPLoss"]
 
