@@ -221,6 +221,10 @@ def parity(context: Context) -> Iterator[Task]:
                 parity_checks.draw_case, size, distribution, dtypes[dtype], context.device, delta
             )
             yield Task(name, partial(_judge_both, draw, algorithm, kernels))
+        draw = partial(
+            parity_checks.draw_in_images, context.sizes.full, "mid", torch.float32, context.device
+        )
+        yield Task(f"{algorithm} within images", partial(_judge_both, draw, algorithm, kernels))
 
 
 def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -> dict[str, Any]:
@@ -316,6 +320,8 @@ class _Call:
         self.logits = [level.clone().requires_grad_() for level in case.logits]
         self.loc_errors = case.values.to(torch.float32).detach()
         self.settings: dict[str, Any] = {"impl": "triton", "algorithm": algorithm}
+        if case.groups:
+            self.settings["groups"] = list(case.groups)
         if padding is not None:
             pad = partial(torch.nn.functional.pad, pad=(0, padding))
             found = [target.reshape(-1) for target in case.targets]
@@ -345,11 +351,15 @@ class _Call:
 def synchronisations(context: Context) -> Iterator[Task]:
     """Forward and backward without the host waiting once."""
     draw = partial(parity_checks.draw_case, context.sizes.full, "mid", torch.float32)
+    images = partial(parity_checks.draw_in_images, context.sizes.full, "mid", torch.float32)
     for algorithm in context.algorithms:
         for name, padding in (("loc_errors", None), ("padded positives", 24)):
             yield Task(
                 f"{algorithm}, given {name}", partial(_unwaiting, context, draw, algorithm, padding)
             )
+        yield Task(
+            f"{algorithm}, within images", partial(_unwaiting, context, images, algorithm, None)
+        )
         yield Task(
             f"{algorithm}, AP given positives", partial(_unwaiting_ap, context, draw, algorithm)
         )
@@ -395,11 +405,14 @@ def _unwaiting_module(context: Context, draw: Callable[..., Case]) -> dict[str, 
 def graph(context: Context) -> Iterator[Task]:
     """Forward and backward in a CUDA graph: with changed logits, the bits of the eager call."""
     draw = partial(parity_checks.draw_case, context.sizes.full, "mid", torch.float32)
+    images = partial(parity_checks.draw_in_images, context.sizes.full, "mid", torch.float32)
     for algorithm in context.algorithms:
         for name, padding in (("loc_errors", None), ("padded positives", 24)):
             yield Task(
                 f"{algorithm}, given {name}", partial(_replay, context, draw, algorithm, padding)
             )
+        task = partial(_replay, context, images, algorithm, None)
+        yield Task(f"{algorithm}, within images", task)
 
 
 def _replay(

@@ -65,6 +65,15 @@ def draw_case(
     return find([logits.to(device, dtype)[:, :, None]], [targets.to(device)[:, None]], delta)
 
 
+def draw_in_images(*arguments: Any) -> Case:
+    """A call of `draw_case`, ranked within eight images."""
+    case = draw_case(*arguments)
+    images = [
+        torch.arange(target.shape[0])[:, None] * 8 // target.shape[0] for target in case.targets
+    ]
+    return group(case, images)
+
+
 @lru_cache(maxsize=8)
 def _draw(size: Size, distribution: str) -> tuple[Tensor, Tensor]:
     """On the CPU; nobody writes to it."""
