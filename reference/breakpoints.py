@@ -43,8 +43,10 @@ from .layout import (
     write_positives,
 )
 
-# Cells of the table that tells most scores their interval without a search.
+# Cells of the table that tells most scores their interval without a search: so many, and so many
+# for each edge. With 50,000 positives 2^16 cells would leave most scores to the search.
 CELLS = 1 << 16
+CELLS_PER_EDGE = 4
 
 # So few scores are searched for one by one: the table would cost more.
 FEW = 1 << 14
@@ -87,8 +89,8 @@ class Edges:
 
     @cached_property
     def cells(self) -> Tensor:
-        """(CELLS,) int32: how many edges lie below the cell, `OPEN` where an edge falls into it."""
-        inside = _cell(self.key, self.key).bincount(minlength=CELLS)
+        """int32: how many edges lie below each cell, `OPEN` where an edge falls into it."""
+        inside = _cell(self.key, self.key).bincount(minlength=_number_of_cells(self.key))
         return torch.where(inside > 0, OPEN, inside.cumsum(0)).to(torch.int32)
 
     @cached_property
@@ -374,13 +376,18 @@ def _offset(scores: Tensor, interval: Tensor, edges: Edges) -> Tensor:
 
 
 def _cell(scores: Tensor, key: Tensor) -> Tensor:
-    """The cell of each score, int32: `CELLS` of them cut the line between the outer edges.
+    """The cell of each score, int32: they cut the line between the outer edges.
 
     The first and the last hold what lies outside, where no edge is, and the last NaN.
     """
-    width = (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * CELLS) / (CELLS - 3)
-    cell = (scores - (key[0] - 1.5 * width)).mul_(1 / width).clamp_(0, CELLS - 1)
-    return cell.nan_to_num_(CELLS - 1).to(torch.int32)
+    cells = _number_of_cells(key)
+    width = (key[-1] - key[0]).clamp(min=torch.finfo(key.dtype).tiny * cells) / (cells - 3)
+    cell = (scores - (key[0] - 1.5 * width)).mul_(1 / width).clamp_(0, cells - 1)
+    return cell.nan_to_num_(cells - 1).to(torch.int32)
+
+
+def _number_of_cells(key: Tensor) -> int:
+    return max(CELLS, CELLS_PER_EDGE * key.numel())
 
 
 def _window_mean(

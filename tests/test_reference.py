@@ -159,6 +159,7 @@ def test_breakpoints_equal_pairwise(case):
 def test_the_table_finds_the_intervals_that_a_search_finds(distribution, dtype, cells, monkeypatch):
     """With scores at the edges themselves, one float off them, outside all, infinite and NaN."""
     monkeypatch.setattr(breakpoints, "CELLS", cells)
+    monkeypatch.setattr(breakpoints, "CELLS_PER_EDGE", 0)
     monkeypatch.setattr(breakpoints, "FEW", 0)
     logits, targets = detector_batch(distribution, 300, 4, 20)
     _, _, _, scores = to_levels(logits.to(dtype), targets)
