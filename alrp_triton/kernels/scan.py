@@ -26,6 +26,7 @@ from .levels import jit
 _STRETCH = 512  # points of a program
 _BEFORE = 128  # stretches that a program adds at a time
 _WARPS = 4
+_GROUPED_WARPS = 8  # where lines begin is in registers too
 
 
 @triton.jit
@@ -224,7 +225,7 @@ def integrate(
         "stretches": stretches,
         "BACKWARD": backward,
         "BLOCK": _STRETCH,
-        "num_warps": _WARPS,
+        "num_warps": _GROUPED_WARPS if grouped else _WARPS,
     }
     _stretch_kernel[(stretches, number)](**common)
     _integral_kernel[(stretches, number)](
