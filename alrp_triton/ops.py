@@ -194,13 +194,18 @@ def _count(
             logits, targets, scores, values, delta, ignore_index,
             groups=groups, own_groups=own_groups,
         )  # fmt: skip
-    valid = (scores != -torch.inf).nonzero()[:, 0]
+    valid = scores != -torch.inf
+    padded = not valid.all()
+    if padded:
+        scores, values, own_groups = (_of_valid(x, valid) for x in (scores, values, own_groups))
     counted = count(
-        logits, targets, scores[valid], values[valid], delta, ignore_index,
-        groups=groups, own_groups=_of_valid(own_groups, valid),
+        logits, targets, scores, values, delta, ignore_index,
+        groups=groups, own_groups=own_groups,
     )  # fmt: skip
+    if not padded:
+        return counted
     return tuple(
-        torch.full_like(scores, fill, dtype=torch.float64).index_copy_(0, valid, x)
+        torch.full_like(valid, fill, dtype=torch.float64).masked_scatter_(valid, x)
         for fill, x in zip((0, 1, 0), counted, strict=True)
     )
 
@@ -222,9 +227,11 @@ def _gradient(
 ) -> list[Tensor]:
     gradient = select(impl, algorithm, logits, scores).gradient
     if choose_impl(impl, scores.device) == "torch":
-        valid = (index >= 0).nonzero()[:, 0]
-        index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
-        own_groups = _of_valid(own_groups, valid)
+        valid = index >= 0
+        if not valid.all():
+            index, scores, weights, own, own_groups = (
+                _of_valid(x, valid) for x in (index, scores, weights, own, own_groups)
+            )
     return gradient(
         logits, targets, index, scores, weights, own, delta, ignore_index,
         groups=groups, own_groups=own_groups,

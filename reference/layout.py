@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Elements that one step of a loop over the logits handles: what bounds the memory on top of them.
 CHUNK = 1 << 18
@@ -185,8 +186,9 @@ def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> 
     """Writes own (P,) into the levels' gradients at the positions `index` (P,), in place."""
     first = 0
     for out in gradients:
-        here = (index >= first) & (index < first + out.numel())
-        out[unravel(index[here] - first, out.shape)] = own[here].to(out.dtype)
+        here = ((index >= first) & (index < first + out.numel())).nonzero()[:, 0]
+        at = unravel(index.index_select(0, here) - first, out.shape)
+        out[at] = own.index_select(0, here).to(out.dtype)
         first += out.numel()
 
 
@@ -198,23 +200,24 @@ def _search(
         is_positive(level, target, ignore_index).reshape(-1)
         for level, target in zip(logits, targets, strict=True)
     ]
+    message = f"loc_errors, values: {size} given, but targets has another number of positives"
+    if masks[0].device.type == "cpu":
+        found = torch.cat(masks).nonzero()[:, 0]
+        number = found.numel()
+        if number > size or (exact and number < size):
+            raise ValueError(message)
+        return pad(found, (0, size - number), value=-1)
     number = torch.stack([mask.count_nonzero() for mask in masks]).sum()
-    fits = number == size if exact else number <= size
-    _require(fits, f"loc_errors, values: {size} given, but targets has another number of positives")
+    _require(number == size if exact else number <= size, message)
+    # Without asking the device how many there are: each goes to the slot of its running number,
+    # everything else to a slot behind the end.
     found = torch.full((size + 1,), -1, dtype=torch.int64, device=number.device)
     first = 0
     before: int | Tensor = 0
     for mask in masks:
-        if mask.device.type == "cpu":
-            places = mask.nonzero()[:, 0]
-            found[before : before + places.numel()] = first + places
-            before += places.numel()
-        else:
-            # Without asking the device how many there are: each goes to the slot of its running
-            # number, everything else to a slot behind the end.
-            slot = torch.where(mask, before + mask.cumsum(0) - 1, size).clamp(max=size)
-            found.scatter_(0, slot, torch.arange(first, first + mask.numel(), device=mask.device))
-            before = before + mask.count_nonzero()
+        slot = torch.where(mask, before + mask.cumsum(0) - 1, size).clamp(max=size)
+        found.scatter_(0, slot, torch.arange(first, first + mask.numel(), device=mask.device))
+        before = before + mask.count_nonzero()
         first += mask.numel()
     return found[:size]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perf import budgets
 from perf.launches import same
-from reference import breakpoints as reference
+from reference import edges as reference
 from reference import layout
 
 triton = pytest.importorskip("triton")
@@ -67,22 +67,34 @@ def test_edges_are_those_of_the_reference(dtype: torch.dtype, delta: float, kind
     """Exactly, as is what is found among them."""
     for positives in (2, 7, 40, 130):
         scores = KINDS[kind](2 * torch.randn(positives, dtype=dtype)).to(DEVICE)
-        edges, expected = edges_module.sort_edges(scores, delta), reference._edges(scores, delta)
-        assert torch.equal(edges.keys[: 2 * positives], expected.key)
-        assert torch.equal(edges.high, expected.high[1:])
-        assert torch.equal(edges.low, expected.low[1:])
+        edges, expected = (
+            edges_module.sort_edges(scores, delta),
+            reference.sort_edges(scores, delta),
+        )
+        key, high, low = expected.key, expected.high[1:], expected.low[1:]
+        lower, upper = expected.lower - 1, expected.upper - 1
+        if delta == 0:  # one edge a positive there, two here: those at lower places first
+            key, high, low = (x.repeat_interleave(2) for x in (key, high, low))
+            before, equal = (
+                compare(scores, scores[:, None]).sum(1) for compare in (torch.lt, torch.eq)
+            )
+            lower, upper = lower + before, lower + before + equal
+        assert torch.equal(edges.keys[: 2 * positives], key)
+        assert torch.equal(edges.high, high)
+        assert torch.equal(edges.low, low)
         back = edges.order.argsort()
-        assert torch.equal(edges.ranks[0][back] + 1, expected.lower.int())
-        assert torch.equal(edges.ranks[1][back] + 1, expected.upper.int())
-        width = (edges.high.diff() + edges.low.diff()) * edges.windows[:-1]
-        assert torch.equal(width, expected.width[1:-1])
+        assert torch.equal(edges.ranks[0][back], lower.int())
+        assert torch.equal(edges.ranks[1][back], upper.int())
+        if delta > 0:
+            width = (edges.high.diff() + edges.low.diff()) * edges.windows[:-1]
+            assert torch.equal(width, expected.width[1:-1])
 
         others = 3 * torch.randn(256, dtype=dtype, device=DEVICE)
         others[:positives] = edges.keys[:positives][:256]
         others[-2:] = torch.tensor([-torch.inf, torch.inf])
         found = torch.empty(256, dtype=torch.int32, device=DEVICE)
         _find_kernel[(1,)](others, torch.zeros_like(found), found, **edges.look_up, BLOCK=256)
-        at = torch.bucketize(layout.finite(others), expected.key, right=True, out_int32=True)
+        at = torch.bucketize(layout.finite(others), key, right=True, out_int32=True)
         assert torch.equal(found, at)
 
 
@@ -125,7 +137,7 @@ def test_edges_of_padding_stand_in_front() -> None:
     )
     edges = edges_module.sort_edges(padded, 0.5)
     assert edges.keys[:10].eq(-torch.inf).all()
-    assert torch.equal(edges.keys[10:28], reference._edges(scores, 0.5).key)
+    assert torch.equal(edges.keys[10:28], reference.sort_edges(scores, 0.5).key)
     assert not edges.windows[:10].any()
     for ranks, number in ((edges.ranks[:2], 28), (edges.ranks[2:], 42)):
         expected = torch.arange(number, dtype=torch.int32, device=DEVICE)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from alrp_triton.reference import breakpoints, layout, pairwise
+from alrp_triton.reference import breakpoints, edges, layout, pairwise, survey
+from alrp_triton.reference.runs import RUN, find
+from alrp_triton.reference.scratch import Scratch
 from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,26 +156,64 @@ def test_breakpoints_equal_pairwise(case):
         assert ((b.double() - c).abs() <= budget).all()
 
 
-@pytest.mark.parametrize("cells", [4, 7, 64])
+@pytest.mark.parametrize("cells", [6, 7, 64])
+@pytest.mark.parametrize("delta", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_the_table_finds_the_intervals_that_a_search_finds(distribution, dtype, cells, monkeypatch):
+def test_the_table_finds_the_intervals_that_a_search_finds(
+    distribution, dtype, delta, cells, monkeypatch
+):
     """With scores at the edges themselves, one float off them, outside all, infinite and NaN."""
-    monkeypatch.setattr(breakpoints, "CELLS", cells)
-    monkeypatch.setattr(breakpoints, "CELLS_PER_EDGE", 0)
-    monkeypatch.setattr(breakpoints, "FEW", 0)
+    monkeypatch.setattr(edges, "CELLS", cells)
+    monkeypatch.setattr(edges, "CELLS_PER_EDGE", 0)
+    monkeypatch.setattr(edges, "FEW", 0)
     logits, targets = detector_batch(distribution, 300, 4, 20)
     _, _, _, scores = to_levels(logits.to(dtype), targets)
-    edges = breakpoints._edges(scores, 0.25)
-    near = [edges.key, edges.key.nextafter(edges.key + 1), edges.key.nextafter(edges.key - 1)]
-    far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
-    looked_up = torch.cat([*near, logits.flatten().to(dtype), far])
-    assert looked_up.numel() >= cells
-    got = breakpoints._look_up(looked_up, edges)
-    expected = torch.bucketize(looked_up, edges.key, right=True)
-    ordered = ~looked_up.isnan()
-    assert torch.equal(got[ordered].long(), expected[ordered])
-    assert ((got >= 0) & (got <= edges.key.numel())).all()
+    for moved in (scores, scores * 0 - 4.595, scores * 1e4, scores * 1e-42, scores * 0):
+        found = edges.sort_edges(moved, delta)
+        key = found.key
+        far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
+        near = [key, key.nextafter(key + 1), key.nextafter(key - 1)]
+        given = found.within_bounds(torch.cat([*near, logits.flatten().to(dtype), far]))
+        expected = torch.bucketize(given, key, right=True)
+        got = found.look_up(given, None, Scratch())
+        assert ((got >= 0) & (got <= key.numel())).all()
+        assert torch.equal(got[:-1].long(), expected[:-1])
+
+        values = torch.rand(found.high.numel(), dtype=dtype)
+        ordered = given[:-1]
+        for known in (False, True):
+            told = edges.Steps(found, values)(ordered, None, Scratch(), known)
+            assert torch.equal(told, values[expected[:-1]])
+
+
+@pytest.mark.parametrize("number", [0, 1, RUN - 1, RUN, 5 * RUN, 5 * RUN + 3])
+def test_what_is_wanted_is_found_in_every_run(number):
+    x = torch.arange(number) * 7 % 11
+    for least in (0, 9, 10, 11):
+        assert torch.equal(find(x, lambda x, least=least: x >= least), (x >= least).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("delta", [0.1, 1e-3, 1.0, 1e9])
+def test_edges_stand_in_the_order_of_their_exact_values(delta, dtype):
+    """Fractions are exact; many of the edges differ by less than a float, or not at all."""
+    step = Fraction(delta) * 2
+    steps = [Fraction(k, 3) for k in range(-9, 10)] + [Fraction(0)] * 2
+    scores = torch.tensor([float(step * k) for k in steps], dtype=dtype)
+    scores = torch.cat([scores, -scores, scores.nextafter(scores + 1), scores.new_tensor([-0.0])])
+    got = edges.sort_edges(scores, delta)
+    values = [(Fraction(s) + sign * Fraction(delta)) for sign in (-1, 1) for s in scores.tolist()]
+    order = sorted(range(len(values)), key=values.__getitem__)  # stable
+    places = torch.empty(len(order), dtype=torch.int64)
+    places[order] = torch.arange(1, len(order) + 1)
+    assert torch.equal(torch.cat([got.lower, got.upper]), places)
+    for place, k in enumerate(order):
+        high, low = got.high[place + 1].item(), got.low[place + 1].item()
+        assert Fraction(high) + Fraction(low) == values[k]
+        key = got.key[place]
+        below = key.nextafter(key.new_tensor(-math.inf))
+        assert Fraction(key.item()) >= values[k] > Fraction(below.item())
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
@@ -188,7 +229,7 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
         levels, level_targets, index, scores, values, -values, delta, IGNORE
     )[0]
     monkeypatch.setattr(layout, "CHUNK", 1000)
-    monkeypatch.setattr(breakpoints, "CELLS", 100)  # so that blocks are looked up in the table
+    monkeypatch.setattr(edges, "CELLS", 100)  # so that blocks are looked up in the table
     for module in (pairwise, breakpoints):
         for shape, cut in ((levels, level_targets), (long, [targets.reshape(1, 600)])):
             place, _ = layout.locate(shape, cut, None, 40, True, IGNORE)
@@ -226,8 +267,8 @@ def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, mo
     expected = pairwise.count(*wide, scores.double(), values, *settings)
     arguments = index, scores.double(), values, -values, *settings
     gradient = pairwise.gradient(*wide, *arguments)[0]
-    monkeypatch.setattr(breakpoints, "MOST", most)
-    monkeypatch.setattr(breakpoints, "SURVEY", 2000)
+    monkeypatch.setattr(survey, "MOST", most)
+    monkeypatch.setattr(survey, "SURVEY", 2000)
     monkeypatch.setattr(layout, "CHUNK", 500)
     for levels, compared in ((wide[0], scores.double()), ([logits], scores)):
         got = breakpoints.count(levels, [targets], compared, values, *settings)
@@ -297,11 +338,15 @@ def test_no_negative_counts_as_exactly_nothing():
 
 
 @pytest.mark.parametrize("where", ["negative", "positive"])
-def test_nan_spoils_the_same_numbers(where):
+@pytest.mark.parametrize("few", [0, edges.FEW])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_spoils_the_same_numbers(where, sign, few, monkeypatch):
+    """Of either sign: what 0 / 0 gives is negative on most processors."""
+    monkeypatch.setattr(edges, "FEW", few)
     logits, targets = detector_batch("spread", 200, 3, 30)
     anchor = int((targets >= 0).nonzero()[7]) if where == "positive" else 1
     targets[1] = -1
-    logits[anchor, max(0, int(targets[anchor]))] = math.nan
+    logits[anchor, max(0, int(targets[anchor]))] = math.copysign(math.nan, sign)
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = torch.rand(index.numel(), dtype=torch.float64)
     arguments = (levels, level_targets, scores, values, 1.0, IGNORE)

@@ -11,7 +11,7 @@ import torch
 
 from perf.budgets import IGNORE
 from perf.parity_checks import Size, draw_case, judge
-from reference import breakpoints
+from reference import edges as reference
 
 pytest.importorskip("triton")
 locate = importlib.import_module("alrp_triton.kernels.locate").locate
@@ -60,7 +60,7 @@ def test_edges_of_fifty_thousand_positives() -> None:
     """Those of the reference, bit by bit."""
     edges = importlib.import_module("alrp_triton.kernels.edges")
     scores = (1.5 * torch.randn(50_000) - 1).to(DEVICE)
-    got, expected = edges.sort_edges(scores, 1.0), breakpoints._edges(scores, 1.0)
+    got, expected = edges.sort_edges(scores, 1.0), reference.sort_edges(scores, 1.0)
     assert torch.equal(got.keys[:100_000], expected.key)
     assert torch.equal(
         got.ranks[:2, got.order.argsort()] + 1, torch.stack([expected.lower, expected.upper]).int()
