@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +36,10 @@ def interleave(
     warmup: int = 1,
     until: float | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round by round; every call runs once a round, in turn.
+    """Seconds of each call, round by round; every call runs once a round, in an order drawn anew.
+
+    What ran before leaves caches and free memory behind: in a fixed order, the same code took up to
+    twice as long in one place as in another.
 
     On a GPU a run is measured between two events, after something larger than the caches was
     written, and the host waits once a round. On a CPU a run is measured by the clock.
@@ -49,12 +53,14 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     measure = _gpu_round if device.type == "cuda" else _cpu_round
+    names, draw = list(calls), random.Random(0)
     for _ in range(warmup):
         measure(calls, device)
     for done in range(rounds):
         if done and until is not None and time.monotonic() >= until:
             break
-        for name, taken in measure(calls, device).items():
+        draw.shuffle(names)
+        for name, taken in measure({name: calls[name] for name in names}, device).items():
             seconds[name].append(taken)
     return seconds
 

@@ -27,8 +27,8 @@ from .scratch import Scratch
 # Logits that are surveyed at once, before any is worked on.
 SURVEY = 1 << 21
 
-# Where more than this share of the runs has a relevant logit, all runs are read.
-MOST = 0.7
+# Where more than this share of the logits is relevant, a block is worked on as a whole.
+MANY = 0.05
 
 
 Index = tuple[slice, slice, slice]
@@ -81,12 +81,20 @@ def relevant(
         runs = _not_below(edges.within_bounds(highest), edges, ordered)
         block_groups = None if groups is None else groups[rows, ..., places]
         block = _Block(block_logits, block_targets, block_groups, ordered)
-        if runs.numel() * RUN > MOST * block_logits.numel():
+        if _are_many(runs, block, edges):
             parts = _by_piece(block, edges, ignore_index, scratch)
         else:
             parts = _by_run(block, runs, edges, ignore_index)
         for part in parts:
             yield part._replace(where=((rows, slice(None), places), *part.where))
+
+
+def _are_many(runs: Tensor, block: _Block, edges: Edges) -> bool:
+    """Whether many logits are relevant, by a sample; given the runs in which some are."""
+    if runs.numel() * RUN <= MANY * block.logits.numel():
+        return False
+    sample = edges.within_bounds(block.logits.reshape(-1)[::RUN])
+    return int((sample >= edges.key[0]).count_nonzero()) > MANY * sample.numel()
 
 
 def _by_run(block: _Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iterator[Part]:

@@ -240,11 +240,11 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
             assert relative_error(got, gradient) < 1e-11
 
 
-@pytest.mark.parametrize("most", [0.0, 1.0])
+@pytest.mark.parametrize("many", [-1.0, 1.0])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("per_logit", [False, True])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, most, monkeypatch):
+def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, many, monkeypatch):
     """However a level is cut, with ignored NaN, 16-bit logits, places or classes last in memory."""
     logits, targets = detector_batch(distribution, 600, 20, 40)
     logits = logits.bfloat16().reshape(6, 100, 20).transpose(1, 2)  # (6, 20, 100), not contiguous
@@ -267,7 +267,7 @@ def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, mo
     expected = pairwise.count(*wide, scores.double(), values, *settings)
     arguments = index, scores.double(), values, -values, *settings
     gradient = pairwise.gradient(*wide, *arguments)[0]
-    monkeypatch.setattr(survey, "MOST", most)
+    monkeypatch.setattr(survey, "MANY", many)
     monkeypatch.setattr(survey, "SURVEY", 2000)
     monkeypatch.setattr(layout, "CHUNK", 500)
     for levels, compared in ((wide[0], scores.double()), ([logits], scores)):
