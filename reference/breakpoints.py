@@ -165,9 +165,10 @@ def _window_mean(
     """
     if delta == 0:
         return from_start.index_select(-1, edges.lower)
+    inside = torch.addcmul(distance, number, edges.low, value=-1.0)
+    inside.masked_fill_(edges.width == 0, 0.0)
     from_end = pad(from_start[..., 1:], (0, 1))
-    inside = (distance - number * edges.low).where(edges.width > 0, 0.0)
-    area = edges.sum_from_above(from_end * edges.width + inside)
+    area = edges.sum_from_above(from_end.mul_(edges.width).add_(inside))
     area = area.index_select(-1, edges.lower) - area.index_select(-1, edges.upper)
     return area / (2 * delta)
 

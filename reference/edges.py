@@ -219,7 +219,9 @@ def sort_edges(scores: Tensor, delta: float, own_groups: Tensor | None = None) -
 
 
 def _argsort(scores: Tensor) -> Tensor:
-    """Stable; as integers, which are sorted several times faster."""
+    """Stable. Many are sorted as integers, several times faster."""
+    if scores.numel() < FEW:
+        return scores.argsort(stable=True)
     as_int = torch.int64 if scores.dtype == torch.float64 else torch.int32
     bits = (scores + 0.0).view(as_int)  # -0 as 0
     falling = bits >> (torch.iinfo(as_int).bits - 1)  # all bits set where the score is negative
