@@ -169,8 +169,8 @@ def _window_mean(
     inside.masked_fill_(edges.width == 0, 0.0)
     from_end = pad(from_start[..., 1:], (0, 1))
     area = edges.sum_from_above(from_end.mul_(edges.width).add_(inside))
-    area = area.index_select(-1, edges.lower) - area.index_select(-1, edges.upper)
-    return area / (2 * delta)
+    mean = area.index_select(-1, edges.lower).sub_(area.index_select(-1, edges.upper))
+    return mean.div_(2 * delta)
 
 
 def _line(edges: Edges, weights: Tensor, delta: float) -> tuple[Tensor, Tensor]:

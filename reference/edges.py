@@ -62,7 +62,7 @@ class Edges:
     def sum_from_above(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line from each on."""
         if self.lines is None:
-            return x.flip(-1).cumsum(-1).flip(-1)
+            return x.flip(-1).cumsum_(-1).flip(-1)
         return sum_along(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
     @cached_property
