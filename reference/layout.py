@@ -200,7 +200,9 @@ def _search(
         is_positive(level, target, ignore_index).reshape(-1)
         for level, target in zip(logits, targets, strict=True)
     ]
-    message = f"loc_errors, values: {size} given, but targets has another number of positives"
+    message = (
+        f"loc_errors, values or quality: {size} given, but targets has another number of positives"
+    )
     if masks[0].device.type == "cpu":
         found = torch.cat(masks).nonzero()[:, 0]
         number = found.numel()

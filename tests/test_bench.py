@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -368,6 +369,18 @@ def test_retinanet_sized_call():
     assert call["ignored"] > 0
     assert call["forward_backward_s"] < 3
     assert call["forward_extra_share"] is None or call["forward_extra_share"] < 1.5
+
+
+def test_every_call_runs_once_a_round_in_an_order_drawn_anew():
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in "abcde"}
+    seconds = timing.interleave(calls, torch.device("cpu"), rounds=20)
+    rounds = [tuple(ran[start : start + 5]) for start in range(5, len(ran), 5)]  # after a warm-up
+    assert {name: len(taken) for name, taken in seconds.items()} == dict.fromkeys("abcde", 20)
+    assert all(sorted(one) == list("abcde") for one in rounds)
+    assert {one[0] for one in rounds} == set("abcde")
+    before = {first for one in rounds for first, then in pairwise(one) if then == "a"}
+    assert before == set("bcde")
 
 
 @pytest.mark.parametrize("distribution", ["init", "mid", "spread"])

@@ -340,6 +340,15 @@ def test_groups_in_every_layout(name: str) -> None:
         check(make(logits, targets, 1.0, groups=_groups_of(grouping, targets)))
 
 
+def test_groups_without_a_positive() -> None:
+    """All is 0, with padding and without."""
+    groups = torch.arange(4)[:, None]
+    for padding in (0, 3):
+        case = make(torch.randn(4, 3, 1), torch.full((4, 1), -1), 1.0, padding, groups)
+        check(case)
+        assert case.gradient()[0].count_nonzero() == 0
+
+
 def test_groups_over_levels() -> None:
     """An image is one group on all levels of a pyramid, a group may be missing from one."""
     logits = [torch.randn(3, 3, places) for places in (13, 4, 0, 1)]

@@ -69,15 +69,19 @@ def test_levels_and_padded_positives():
     assert relative_error(got[3][slots], expected[3]) < BUDGET
 
 
-def test_nothing_to_rank_is_zero_and_attached():
+@pytest.mark.parametrize("algorithm", ["pairwise", "breakpoints"])
+@pytest.mark.parametrize("groups", [None, torch.arange(6) // 2])
+def test_nothing_to_rank_is_zero_and_attached(groups, algorithm):
+    settings = {"groups": groups if groups is None else groups.to(DEVICE)}
+    settings |= {"impl": "triton", "algorithm": algorithm}
     for num_positives, targets in ((0, torch.full((6,), -1)), (6, torch.zeros(6).long())):
         logits = torch.zeros(6, 1, device=DEVICE, requires_grad=True)
         loc_errors = torch.rand(num_positives, device=DEVICE, requires_grad=True)
-        cls, loc = alrp_loss(logits, targets.to(DEVICE), loc_errors, impl="triton")
+        cls, loc = alrp_loss(logits, targets.to(DEVICE), loc_errors, **settings)
         assert cls.item() == 0
         (cls + loc).backward()
         assert (logits.grad == 0).all()
-    assert ap_loss(logits, targets.to(DEVICE), impl="triton").item() == 0
+    assert ap_loss(logits, targets.to(DEVICE), **settings).item() == 0
 
 
 def test_upstream_gradient_twice_and_stride_0():

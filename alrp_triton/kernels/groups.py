@@ -26,14 +26,22 @@ def lines_of(groups: Sequence[Tensor], own_groups: Tensor | None) -> Lines | Non
         groups: integers in the shapes of the targets, for each level.
         own_groups: (P,) int64 of the positives; None without groups.
 
+    Returns:
+        None without groups, and without positives, whom groups could tell apart.
+
     What `expand` repeats is looked up once: the image of each anchor costs as many numbers as there
     are images.
     """
-    if own_groups is None:
+    if own_groups is None or own_groups.numel() == 0:
         return None
     ascending = own_groups.sort().values
     own = torch.searchsorted(ascending, own_groups, out_int32=True)
     return Lines(own, [_look_up(level, ascending) for level in groups])
+
+
+def by_level(lines: Lines | None, levels: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The lines of each level's logits; None for each without groups."""
+    return [None] * len(levels) if lines is None else lines.levels
 
 
 def _look_up(groups: Tensor, ascending: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .edges import HALVINGS, Edges, find, read_limits
-from .groups import Lines
+from .groups import Lines, by_level
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
@@ -450,8 +450,7 @@ def count_negatives(
         "edges": number,
     }
     patterns = sums = None
-    of_levels = [None] * len(logits) if lines is None else lines.levels
-    for level, target, of_level in zip(logits, targets, of_levels, strict=True):
+    for level, target, of_level in zip(logits, targets, by_level(lines, logits), strict=True):
         for piece, beside, line, _ in pieces(level, target, of_level) if level.numel() else ():
             if piece.element_size() == 2 and lines is None and patterns is None:
                 device = edges.scores.device

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groups import Lines, lines_of
+from .groups import Lines, by_level, lines_of
 from .levels import (
     bits_of,
     jit,
@@ -577,8 +577,8 @@ def count(
         lines = lines_of(groups, own_groups)
         table, last, common = _prepare(scores, None, lines, delta, tiles.count_block, tiles.few)
         lanes = tiles.lanes * tiles.count_warps
-        of_levels = [None] * len(logits) if lines is None else lines.levels
-        levels = [x for x in zip(logits, targets, of_levels, strict=True) if x[0].numel()]
+        cut = zip(logits, targets, by_level(lines, logits), strict=True)
+        levels = [level for level in cut if level[0].numel()]
         longest = max((level[0].numel() for level in levels), default=0)
         blocks = table.shape[1] // tiles.count_block
         shares = {
@@ -653,12 +653,12 @@ def gradient(
         block, rows = tiles.gradient_block, tiles.gradient_rows
         lines = lines_of(groups, own_groups)
         table, last, common = _prepare(scores, weights, lines, delta, block, tiles.few)
-        of_levels = [None] * len(logits) if lines is None else lines.levels
         lanes = tiles.lanes * tiles.gradient_warps
         fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
         if lines is not None:
             fold = min(fold, _GROUPED_FOLD)
-        for level, target, line, out in zip(logits, targets, of_levels, gradients, strict=True):
+        cut = zip(logits, targets, by_level(lines, logits), gradients, strict=True)
+        for level, target, line, out in cut:
             if level.numel():
                 _gradient_kernel[(triton.cdiv(level.numel(), rows * lanes),)](
                     table=table,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .edges import ANY_POSITIVE, BAD_WEIGHT, HALVINGS, Edges, find, read_limits
-from .groups import Lines
+from .groups import Lines, by_level
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
@@ -256,10 +256,8 @@ def write_gradient(
     ramps = _ramps(edges, weights, delta, tiles)
     number = edges.high.numel()
     patterns = None
-    of_levels = [None] * len(logits) if lines is None else lines.levels
-    for level, target, of_level, out in zip(logits, targets, of_levels, gradients, strict=True):
-        cut = pieces(level, target, of_level, out) if level.numel() else ()
-        for piece, beside, line, slot in cut:
+    for *level, out in zip(logits, targets, by_level(lines, logits), gradients, strict=True):
+        for piece, beside, line, slot in pieces(*level, out) if out.numel() else ():
             if piece.element_size() == 2 and lines is None and patterns is None:
                 patterns = piece.new_empty(PATTERNS)
                 _pattern_ramps_kernel[(PATTERNS // tiles.patterns,)](
