@@ -63,16 +63,16 @@ def count(
         distance[1:].scatter_add_(1, index, values * offset)
 
     from_start = edges.sum_from_above(number)
-    nfp, *others = _window_mean(edges, from_start, number, distance, delta)
-    others = torch.stack(others) - values * (1.0 if delta == 0 else 0.5)  # what i sees of itself
+    means = _window_mean(edges, from_start, number, distance, delta)
+    others = means[1:] - values * (1.0 if delta == 0 else 0.5)  # without what i sees of itself
     # Where nobody else stands at or above the window, that must be 0, not its rounding.
     others.masked_fill_(from_start[1].index_select(0, edges.lower) == 1, 0.0)
 
     # NaN has no place in any order, so it leaves no number standing that it was compared with.
     unranked = scores.isnan().any()
-    nfp = nfp.masked_fill(unranked | unordered, torch.nan)
-    others, value_sum = others.masked_fill_(unranked, torch.nan)
-    return nfp, 1 + others, value_sum.clone()  # a vector of its own
+    nfp = means[0].masked_fill(unranked | unordered, torch.nan)
+    others.masked_fill_(unranked, torch.nan)
+    return nfp, 1 + others[0], others[1].clone()  # three vectors of their own
 
 
 def gradient(

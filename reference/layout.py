@@ -204,16 +204,31 @@ def _search(
         f"loc_errors, values or quality: {size} given, but targets has another number of positives"
     )
     if masks[0].device.type == "cpu":
-        found = torch.cat(masks).nonzero()[:, 0]
+        found = _places(masks)
         number = found.numel()
         if number > size or (exact and number < size):
             raise ValueError(message)
         return pad(found, (0, size - number), value=-1)
-    number = torch.stack([mask.count_nonzero() for mask in masks]).sum()
-    _require(number == size if exact else number <= size, message)
-    # Without asking the device how many there are: each goes to the slot of its running number,
-    # everything else to a slot behind the end.
-    found = torch.full((size + 1,), -1, dtype=torch.int64, device=number.device)
+    total = torch.stack([mask.count_nonzero() for mask in masks]).sum()
+    _require(total == size if exact else total <= size, message)
+    return _places_in_slots(masks, size)
+
+
+def _places(masks: Sequence[Tensor]) -> Tensor:
+    """Where masks hold, laid end to end."""
+    places, first = [], 0
+    for mask in masks:
+        places.append(mask.nonzero()[:, 0] + first)
+        first += mask.numel()
+    return torch.cat(places)
+
+
+def _places_in_slots(masks: Sequence[Tensor], size: int) -> Tensor:
+    """Likewise, in `size` slots, without asking the device how many there are.
+
+    Each goes to the slot of its running number, everything else to a slot behind the end.
+    """
+    found = torch.full((size + 1,), -1, dtype=torch.int64, device=masks[0].device)
     first = 0
     before: int | Tensor = 0
     for mask in masks:

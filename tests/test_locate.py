@@ -169,6 +169,16 @@ def test_every_program_of_every_level_pads(monkeypatch: pytest.MonkeyPatch) -> N
     check(example(), None, 70 if not HAS_GPU else 70 * kernels._BLOCK + 3, False)
 
 
+def test_positives_go_to_slots_as_they_are_listed() -> None:
+    """What the reference does where asking for their number would wait for the device."""
+    for _ in range(50):
+        masks = [torch.rand(number) < 0.3 for number in torch.randint(1, 30, (3,)).tolist()]
+        listed = layout._places(masks)
+        slots = layout._places_in_slots(masks, listed.numel() + 4)
+        assert torch.equal(listed, torch.cat(masks).nonzero()[:, 0])
+        assert torch.equal(slots, torch.cat([listed, listed.new_full((4,), -1)]))
+
+
 @pytest.mark.skipif(HAS_GPU, reason="the assertion would end the process")
 @pytest.mark.parametrize(("size", "exact"), [(4, True), (6, True), (0, True), (4, False)])
 def test_a_wrong_number_raises_and_writes_nothing_beyond(size: int, exact: bool) -> None:
