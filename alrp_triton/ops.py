@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .kernels.tuned import costs_for
 from .reference import breakpoints, layout, pairwise, skewed, sorting
@@ -120,7 +120,7 @@ def of_program(name: str, given: str) -> str:
     return _program[name] if given == "auto" else given
 
 
-_library = torch.library.Library("alrp_triton", "DEF")
+_library = library.Library("alrp_triton", "DEF")
 _library.define(
     "locate(Tensor[] logits, Tensor[] targets, Tensor? positives, SymInt size, bool exact, "
     "int ignore_index, str impl) -> (Tensor, Tensor)"
@@ -159,7 +159,7 @@ _library.define(
 _implement = "CompositeExplicitAutograd"
 
 
-@torch.library.impl(_library, "locate", _implement)
+@library.impl(_library, "locate", _implement)
 def _locate(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -175,7 +175,7 @@ def _locate(
     return module.locate(logits, targets, positives, size, exact, ignore_index)
 
 
-@torch.library.impl(_library, "count", _implement)
+@library.impl(_library, "count", _implement)
 def _count(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -210,7 +210,7 @@ def _count(
     )
 
 
-@torch.library.impl(_library, "gradient", _implement)
+@library.impl(_library, "gradient", _implement)
 def _gradient(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -238,7 +238,7 @@ def _gradient(
     )  # fmt: skip
 
 
-@torch.library.impl(_library, "sorting_count", _implement)
+@library.impl(_library, "sorting_count", _implement)
 def _sorting_count(
     scores: Tensor,
     quality: Tensor,
@@ -258,7 +258,7 @@ def _sorting_count(
     return worse, better, better_values
 
 
-@torch.library.impl(_library, "sorting_gradient", _implement)
+@library.impl(_library, "sorting_gradient", _implement)
 def _sorting_gradient(
     scores: Tensor,
     quality: Tensor,
@@ -278,7 +278,7 @@ def _sorting_gradient(
     return passed
 
 
-@torch.library.impl(_library, "skewed_mass", _implement)
+@library.impl(_library, "skewed_mass", _implement)
 def _skewed_mass(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -304,7 +304,7 @@ def _skewed_mass(
     return mass
 
 
-@torch.library.impl(_library, "skewed_gradient", _implement)
+@library.impl(_library, "skewed_gradient", _implement)
 def _skewed_gradient(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -339,28 +339,28 @@ def _of_valid(x: Tensor | None, valid: Tensor) -> Tensor | None:
     return None if x is None else x[valid]
 
 
-@torch.library.impl(_library, "box_errors", _implement)
+@library.impl(_library, "box_errors", _implement)
 def _box_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
     return load_kernels("boxes", pred.device).errors(pred, target, kind, tau)
 
 
-@torch.library.impl(_library, "box_gradient", _implement)
+@library.impl(_library, "box_gradient", _implement)
 def _box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
     return load_kernels("boxes", pred.device).gradient(upstream, pred, target, kind, tau)
 
 
-@torch.library.register_fake("alrp_triton::locate", lib=_library)
+@library.register_fake("alrp_triton::locate", lib=_library)
 def _(logits, targets, positives, size, exact, ignore_index, impl):
     index = targets[0].new_empty((size,), dtype=torch.int64)
     return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
 
 
-@torch.library.register_fake("alrp_triton::count", lib=_library)
+@library.register_fake("alrp_triton::count", lib=_library)
 def _(logits, targets, scores, values, delta, ignore_index, impl, algorithm, groups, own_groups):
     return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
 
 
-@torch.library.register_fake("alrp_triton::gradient", lib=_library)
+@library.register_fake("alrp_triton::gradient", lib=_library)
 def _(
     logits, targets, index, scores, weights, own, delta, ignore_index, impl, algorithm, groups,
     own_groups,
@@ -368,22 +368,22 @@ def _(
     return [torch.empty_like(level) for level in logits]
 
 
-@torch.library.register_fake("alrp_triton::sorting_count", lib=_library)
+@library.register_fake("alrp_triton::sorting_count", lib=_library)
 def _(scores, quality, values, delta, impl, own_groups):
     return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
 
 
-@torch.library.register_fake("alrp_triton::sorting_gradient", lib=_library)
+@library.register_fake("alrp_triton::sorting_gradient", lib=_library)
 def _(scores, quality, weights, delta, impl, own_groups):
     return torch.empty_like(weights)
 
 
-@torch.library.register_fake("alrp_triton::skewed_mass", lib=_library)
+@library.register_fake("alrp_triton::skewed_mass", lib=_library)
 def _(logits, targets, scores, powers, delta, ignore_index, impl, groups, own_groups):
     return torch.empty_like(powers)
 
 
-@torch.library.register_fake("alrp_triton::skewed_gradient", lib=_library)
+@library.register_fake("alrp_triton::skewed_gradient", lib=_library)
 def _(
     logits, targets, index, scores, weights, own, powers, delta, ignore_index, impl, groups,
     own_groups,
@@ -391,13 +391,13 @@ def _(
     return [torch.empty_like(level) for level in logits]
 
 
-@torch.library.register_fake("alrp_triton::box_errors", lib=_library)
+@library.register_fake("alrp_triton::box_errors", lib=_library)
 def _(pred, target, kind, tau):
     wide = torch.promote_types(pred.dtype, target.dtype)
     return pred.new_empty(pred.shape[:1], dtype=torch.promote_types(wide, torch.float32))
 
 
-@torch.library.register_fake("alrp_triton::box_gradient", lib=_library)
+@library.register_fake("alrp_triton::box_gradient", lib=_library)
 def _(upstream, pred, target, kind, tau):
     return pred.new_empty(pred.shape)
 

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .edges import FEW, Edges, Steps, sort_edges
+from .edges import Edges, Steps, sort_edges
 from .layout import write_positives
 from .scratch import Scratch
 from .survey import relevant
 
 # Neighbours are counted in so many rows in turn. Most fall into the same interval, and a processor
-# waits for a number that it has just written.
+# waits for a number that it has just written. With more intervals rows cost more than the wait.
 LANES = 4
+MOST_IN_LANES = 1 << 12
 
 
 def count(
@@ -120,7 +121,7 @@ def _sum_negatives(
 ) -> tuple[Tensor, Tensor, bool]:
     """How many negatives each interval holds, and the sum of their offsets; whether one is NaN."""
     size, unordered = edges.high.numel(), False
-    lanes = LANES if LANES * size < FEW else 1
+    lanes = LANES if size <= MOST_IN_LANES else 1
     apart = torch.zeros(0, dtype=torch.int32, device=edges.high.device)
     number, distance = edges.high.new_zeros((2, lanes * size))
     groups = groups or [None] * len(logits)

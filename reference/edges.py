@@ -24,7 +24,8 @@ from .scratch import Scratch
 CELLS = 1 << 16
 CELLS_PER_EDGE = 4
 
-# So few scores are searched for one by one: the table would cost more.
+# So few scores are searched for one by one, and sorted as they are: the table, or integers made of
+# them, would cost more.
 FEW = 1 << 14
 
 # Added to what a cell holds if an edge falls into it. More than any number of edges.
