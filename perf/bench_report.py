@@ -193,6 +193,7 @@ def _styles() -> dict[str, tuple[str, str, str]]:
         "breakpoints, torch": (SKY, ":", "D"),
         "published loop": (VERMILION, "-", "^"),
         "sort and bucket": (PURPLE, "-", "v"),
+        "sort and bucket, filtered": (PURPLE, ":", "v"),
         "focal, torchvision": (ORANGE, "-", "x"),
         "focal, fused": (GREEN, "-", "+"),
         "": (BLACK, "-", "*"),  # any other

@@ -53,8 +53,8 @@ def package(impl: str, algorithm: str, by_image: bool = False) -> Bind:
     return bind
 
 
-def from_forward(loss: type[rivals.PublishedLoop] | type[rivals.SortAndBucket]) -> Bind:
-    """A published way to aLRP. It wants float32, so the copy of 16-bit logits counts as its own."""
+def from_forward(loss: type[rivals.GradientFromForward]) -> Bind:
+    """Another way to aLRP. It wants float32, so the copy of 16-bit logits counts as its own."""
 
     def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
         marks, loc_errors, delta = inputs.marks, inputs.loc_errors, inputs.delta
@@ -105,6 +105,9 @@ VARIANTS = {
     ),
     "sort and bucket": Variant(
         from_forward(rivals.SortAndBucket), limit=at_most_positives(cpu=10_000, cuda=50_000)
+    ),
+    "sort and bucket, filtered": Variant(
+        from_forward(rivals.FilteredSortAndBucket), limit=at_most_positives(cpu=10_000, cuda=50_000)
     ),
     "focal, torchvision": Variant(focal.eager, focal.exact),
     "focal, fused": Variant(focal.fused, focal.exact),

@@ -60,6 +60,12 @@ def test_a_rival_is_faster_or_not(times, reached):
     assert not any("fused" in what for what in held([row(), row("focal, fused", ratio=None)]))
 
 
+def test_what_was_never_published_is_compared_without_a_promise():
+    goal = held([row(), row("sort and bucket, filtered", ratio=1.5)])
+    goal = goal["times faster than sort and bucket, filtered, float32"]
+    assert (goal["found"], goal["bound"], goal["reached"]) == (1.5, None, None)
+
+
 @pytest.mark.parametrize(("factor", "reached"), [(1.9, True), (2.1, False)])
 def test_growth_with_the_positives(factor, reached):
     rows = [row(positives=500), row(positives=50_000, seconds=factor * 1e-4)]
