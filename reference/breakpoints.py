@@ -27,10 +27,11 @@ from torch.nn.functional import pad
 from .edges import Edges, Steps, sort_edges
 from .layout import write_positives
 from .scratch import Scratch
-from .survey import relevant
+from .survey import Part, survey
 
-# Neighbours are counted in so many rows in turn. Most fall into the same interval, and a processor
-# waits for a number that it has just written. With more intervals rows cost more than the wait.
+# Neighbours are counted in so many rows in turn, a power of two. Most fall into the same interval,
+# and a processor waits for a number that it has just written. With more intervals rows cost more
+# than the wait.
 LANES = 4
 MOST_IN_LANES = 1 << 12
 
@@ -89,23 +90,29 @@ def gradient(
     own_groups: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradient by every logit: arguments and results of `pairwise.gradient`."""
-    gradients = [torch.zeros_like(level) for level in logits]
     if scores.numel() == 0:
-        return gradients
+        return [torch.zeros_like(level) for level in logits]
+    gradients = [torch.empty_like(level) for level in logits]
     edges, scratch = sort_edges(scores, delta, own_groups), Scratch()
     value, slope = _line(edges, weights.double(), delta)
     steps = Steps(edges, value.to(gradients[0].dtype))
+
+    def evaluate(part: Part, ordered: bool) -> Tensor:
+        looked_up = part.scores, part.lines, scratch, ordered
+        if delta == 0:
+            return steps(*looked_up)
+        interval = edges.look_up(*looked_up)
+        total = _offset(part.scores, interval, edges, scratch)
+        return total.mul_(_of(slope, interval, scratch)).add_(_of(value, interval, scratch))
+
     groups = groups or [None] * len(logits)
     for level, target, group, out in zip(logits, targets, groups, gradients, strict=True):
-        for part in relevant(level, target, group, edges, ignore_index, scratch):
-            looked_up = part.scores, part.lines, scratch, part.ordered
-            if delta == 0:
-                total = steps(*looked_up)
-            else:
-                interval = edges.look_up(*looked_up)
-                total = _offset(part.scores, interval, edges, scratch)
-                total.mul_(_of(slope, interval, scratch)).add_(_of(value, interval, scratch))
-            part.write(out, total)
+        for block in survey(level, target, group, edges):
+            of_block = out[block.where]
+            if block.runs is not None:  # parts do not cover it
+                of_block.zero_()
+            for part in block.parts(edges, ignore_index, scratch):
+                part.write(of_block, evaluate(part, block.ordered))
     write_positives(gradients, index, own)
     return gradients
 
@@ -125,19 +132,24 @@ def _sum_negatives(
     apart = torch.zeros(0, dtype=torch.int32, device=edges.high.device)
     number, distance = edges.high.new_zeros((2, lanes * size))
     groups = groups or [None] * len(logits)
-    for level, target, group in zip(logits, targets, groups, strict=True):
-        for part in relevant(level, target, group, edges, ignore_index, scratch):
-            many = part.scores.numel()
-            if many > apart.numel():
-                apart = torch.arange(many, dtype=torch.int32, device=apart.device)
-                apart.remainder_(lanes).mul_(size)
-            interval = edges.look_up(part.scores, part.lines, scratch, part.ordered)
-            offset = _offset(part.scores, interval, edges, scratch) if delta > 0 else None
-            interval.add_(apart[:many])
-            number += interval.bincount(minlength=lanes * size)
-            if delta > 0:
-                distance += interval.bincount(offset, minlength=lanes * size)
-            unordered = unordered or (not part.ordered and bool(part.scores.isnan().any()))
+    surveyed = (
+        (part, block.ordered)
+        for level, target, group in zip(logits, targets, groups, strict=True)
+        for block in survey(level, target, group, edges)
+        for part in block.parts(edges, ignore_index, scratch)
+    )
+    for part, ordered in surveyed:
+        many = part.scores.numel()
+        if many > apart.numel():
+            apart = torch.arange(many, dtype=torch.int32, device=apart.device)
+            apart.bitwise_and_(lanes - 1).mul_(size)
+        interval = edges.look_up(part.scores, part.lines, scratch, ordered)
+        offset = _offset(part.scores, interval, edges, scratch) if delta > 0 else None
+        interval.add_(apart[:many])
+        number += interval.bincount(minlength=lanes * size)
+        if delta > 0:
+            distance += interval.bincount(offset, minlength=lanes * size)
+        unordered = unordered or (not ordered and bool(part.scores.isnan().any()))
     return number.view(lanes, size).sum(0), distance.view(lanes, size).sum(0), unordered
 
 
@@ -150,6 +162,11 @@ def _offset(scores: Tensor, interval: Tensor, edges: Edges, scratch: Scratch) ->
     """Float64 distances (n,) to `high` of the interval's lower edge."""
     offset = scratch("offset", scores, torch.float64).copy_(scores)
     return offset.sub_(_of(edges.high, interval, scratch))
+
+
+def _along(x: Tensor, interval: Tensor) -> Tensor:
+    """What the rows of x (..., I) hold of some intervals (P,); `index_select` takes far longer."""
+    return x.gather(-1, interval.expand(*x.shape[:-1], -1))
 
 
 def _window_mean(
@@ -165,12 +182,12 @@ def _window_mean(
         delta: half-width of the step.
     """
     if delta == 0:
-        return from_start.index_select(-1, edges.lower)
+        return _along(from_start, edges.lower)
     inside = torch.addcmul(distance, number, edges.low, value=-1.0)
     inside.masked_fill_(edges.width == 0, 0.0)
     from_end = pad(from_start[..., 1:], (0, 1))
     area = edges.sum_from_above(from_end.mul_(edges.width).add_(inside))
-    mean = area.index_select(-1, edges.lower).sub_(area.index_select(-1, edges.upper))
+    mean = _along(area, edges.lower).sub_(_along(area, edges.upper))
     return mean.div_(2 * delta)
 
 

@@ -31,73 +31,71 @@ SURVEY = 1 << 21
 MANY = 0.05
 
 
-Index = tuple[slice, slice, slice]
-
-
 class Part(NamedTuple):
-    """Some logits of a level."""
+    """Some logits of a block."""
 
     scores: Tensor  # (n,) finite or NaN; what is no negative stands below every edge
     lines: Tensor | None  # (n,) int64, None without groups
-    ordered: bool  # whether none of the scores is NaN, for all that is known
-    where: tuple[Index, ...]  # indices that lead to a block of the level, one after the other
-    at: tuple[Tensor, ...] | None  # coordinates in that, None for all of it
+    at: tuple[slice | Tensor, ...]  # their place in the block, which may be one piece of it
 
     def write(self, out: Tensor, total: Tensor) -> None:
-        """Writes total (n,) into a level."""
-        for index in self.where:
-            out = out[index]
-        if self.at is None:
-            out.copy_(total.view(out.shape))
+        """Writes total (n,) into a block of a level."""
+        if isinstance(self.at[0], slice):
+            piece = out[self.at]
+            piece.copy_(total.view(piece.shape))
         else:
             out[self.at] = total.to(out.dtype)
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """A part of a level that was surveyed at once."""
+
+    where: tuple[slice, slice, slice]  # in the level
     logits: Tensor  # (B, C, M)
     targets: Tensor  # (B, M) or (B, C, M)
     groups: Tensor | None  # in the shape of the targets
     ordered: bool  # whether no logit is NaN
+    runs: Tensor | None  # the runs in which a logit is relevant; None if many are
+
+    def parts(self, edges: Edges, ignore_index: int, scratch: Scratch) -> Iterator[Part]:
+        """All negatives not wholly below min_P(s) - delta, and where many are, the others too.
+
+        Args:
+            edges: of the positives.
+            ignore_index: of the level.
+            scratch: what a part may stand in, until the next.
+        """
+        if self.runs is None:
+            return _by_piece(self, edges, ignore_index, scratch)
+        return _by_run(self, self.runs, edges, ignore_index)
 
 
-def relevant(
-    logits: Tensor,
-    targets: Tensor,
-    groups: Tensor | None,
-    edges: Edges,
-    ignore_index: int,
-    scratch: Scratch,
-) -> Iterator[Part]:
-    """Cuts a level into parts that hold all negatives not wholly below min_P(s) - delta.
-
-    Args:
-        logits, targets, groups, ignore_index: of the level.
-        edges: of the positives.
-        scratch: what a part may stand in, until the next.
-    """
+def survey(logits: Tensor, targets: Tensor, groups: Tensor | None, edges: Edges) -> Iterator[Block]:
+    """Cuts a level into blocks, and finds where in each the relevant logits are."""
     for rows, places, block_logits, block_targets in blocks(logits, targets, SURVEY):
         highest = run_maxima(block_logits.reshape(-1))
         ordered = not highest.amax().isnan()
         runs = _not_below(edges.within_bounds(highest), edges, ordered)
-        block_groups = None if groups is None else groups[rows, ..., places]
-        block = _Block(block_logits, block_targets, block_groups, ordered)
-        if _are_many(runs, block, edges):
-            parts = _by_piece(block, edges, ignore_index, scratch)
-        else:
-            parts = _by_run(block, runs, edges, ignore_index)
-        for part in parts:
-            yield part._replace(where=((rows, slice(None), places), *part.where))
+        many = _are_many(runs, block_logits, edges)
+        yield Block(
+            where=(rows, slice(None), places),
+            logits=block_logits,
+            targets=block_targets,
+            groups=None if groups is None else groups[rows, ..., places],
+            ordered=ordered,
+            runs=None if many else runs,
+        )
 
 
-def _are_many(runs: Tensor, block: _Block, edges: Edges) -> bool:
+def _are_many(runs: Tensor, logits: Tensor, edges: Edges) -> bool:
     """Whether many logits are relevant, by a sample; given the runs in which some are."""
-    if runs.numel() * RUN <= MANY * block.logits.numel():
+    if runs.numel() * RUN <= MANY * logits.numel():
         return False
-    sample = edges.within_bounds(block.logits.reshape(-1)[::RUN])
+    sample = edges.within_bounds(logits.reshape(-1)[::RUN])
     return int((sample >= edges.key[0]).count_nonzero()) > MANY * sample.numel()
 
 
-def _by_run(block: _Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iterator[Part]:
+def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iterator[Part]:
     """Where few logits are relevant: picks them out of some runs, then asks what they are."""
     flat = block.logits.reshape(-1)
     for some in runs.split(max(1, layout.CHUNK // RUN)):
@@ -109,10 +107,10 @@ def _by_run(block: _Block, runs: Tensor, edges: Edges, ignore_index: int) -> Ite
         scores = scores.index_select(0, found)
         scores = scores.where(is_negative(at, block.targets, ignore_index), edges.bounds[0])
         lines = None if block.groups is None else edges.lines.of(at_logits(block.groups, at))
-        yield Part(scores, lines, block.ordered, (), at)
+        yield Part(scores, lines, at)
 
 
-def _by_piece(block: _Block, edges: Edges, ignore_index: int, scratch: Scratch) -> Iterator[Part]:
+def _by_piece(block: Block, edges: Edges, ignore_index: int, scratch: Scratch) -> Iterator[Part]:
     """Where many are: all logits, a piece of the block at a time."""
     for rows, places, piece, targets in blocks(block.logits, block.targets):
         scores = scratch("scores", piece, edges.key.dtype)
@@ -122,7 +120,7 @@ def _by_piece(block: _Block, edges: Edges, ignore_index: int, scratch: Scratch) 
         if block.groups is not None:
             lines = edges.lines.of(block.groups[rows, ..., places])
             lines = over_classes(lines, piece).reshape(-1)
-        yield Part(scores, lines, block.ordered, ((rows, slice(None), places),), None)
+        yield Part(scores, lines, (rows, slice(None), places))
 
 
 def _not_below(x: Tensor, edges: Edges, ordered: bool) -> Tensor:

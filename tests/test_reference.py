@@ -14,6 +14,7 @@ from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_l
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perf.parity_checks import poisoned
 from perf.timing import peak_memory
 
 DELTAS = (0.0, 1e-3, 0.25, 1.0, 3.0)
@@ -276,6 +277,26 @@ def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, ma
         got = breakpoints.count(levels, [targets], compared, values, *settings)
         assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
     assert relative_error(breakpoints.gradient(*wide, *arguments)[0], gradient) < 1e-11
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("many", [-1.0, 1.0])
+def test_every_entry_of_the_gradient_is_written(many, delta, monkeypatch):
+    """Its memory is not cleared first, and many, few or none of a block may be relevant."""
+    logits, targets = detector_batch("mid", 600, 20, 40)
+    logits[200:400] = logits[200:400].where(targets[200:400, None] >= 0, -1e4)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    levels = [*levels, torch.full((3, 20, 30), -1e4), torch.empty(0, 20, 30)]
+    level_targets = [*level_targets, *(torch.full((n, 30), -1) for n in (3, 0))]
+    arguments = index, scores, torch.rand(40), -torch.rand(40), delta, IGNORE
+    expected = pairwise.gradient(levels, level_targets, *arguments)
+    monkeypatch.setattr(survey, "MANY", many)
+    monkeypatch.setattr(survey, "SURVEY", 2000)
+    monkeypatch.setattr(layout, "CHUNK", 500)
+    with poisoned():
+        got = breakpoints.gradient(levels, level_targets, *arguments)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_many_positives_among_a_million_logits():
