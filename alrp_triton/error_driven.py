@@ -21,6 +21,7 @@ class Ranking:
     targets: Sequence[Tensor]  # (B, M) class indices, or (B, C, M) with 1 / 0 / -1
     groups: Sequence[Tensor]  # integers in the shape of the targets; empty without groups
     index: Tensor  # (P,) int64 positions in the flattened logits of all levels, -1 for padding
+    valid: Tensor  # (P,) bool: not padding
     scores: Tensor  # (P,) finite scores of the positives, -inf for padding
     own_groups: Tensor | None  # (P,) int64; None without groups
     delta: float
@@ -28,11 +29,6 @@ class Ranking:
     impl: str
     algorithm: str
     skew: float = 0.0  # power of the margin in p(j|i); 0 is the uniform distribution
-
-    @property
-    def valid(self) -> Tensor:
-        """(P,) bool: not padding."""
-        return self.index >= 0
 
 
 def rank_positives(ranking: Ranking, values: Tensor | None = None) -> Counts:

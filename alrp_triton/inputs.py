@@ -69,6 +69,7 @@ def prepare_ranking(
         level_targets,
         level_groups,
         index,
+        index >= 0,
         scores,
         own_groups,
         float(delta),
