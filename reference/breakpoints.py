@@ -50,7 +50,7 @@ def count(
     if scores.numel() == 0:
         empty = scores.new_zeros(0, dtype=torch.float64)
         return empty, empty.clone(), empty.clone()
-    edges, scratch = sort_edges(scores, delta, own_groups), Scratch()
+    edges, scratch = _sort_edges(logits, scores, delta, own_groups), Scratch()
     # In rows: the negatives, the positives, and the positives' values.
     number, distance = scores.new_zeros((2, 3, edges.high.numel()), dtype=torch.float64)
     number[0], distance[0], unordered = _sum_negatives(
@@ -93,7 +93,7 @@ def gradient(
     if scores.numel() == 0:
         return [torch.zeros_like(level) for level in logits]
     gradients = [torch.empty_like(level) for level in logits]
-    edges, scratch = sort_edges(scores, delta, own_groups), Scratch()
+    edges, scratch = _sort_edges(logits, scores, delta, own_groups), Scratch()
     value, slope = _line(edges, weights.double(), delta)
     steps = Steps(edges, value.to(gradients[0].dtype))
 
@@ -115,6 +115,12 @@ def gradient(
                 part.write(of_block, evaluate(part, block.ordered))
     write_positives(gradients, index, own)
     return gradients
+
+
+def _sort_edges(
+    logits: Sequence[Tensor], scores: Tensor, delta: float, own_groups: Tensor | None
+) -> Edges:
+    return sort_edges(scores, delta, own_groups, sum(level.numel() for level in logits))
 
 
 def _sum_negatives(

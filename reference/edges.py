@@ -19,10 +19,13 @@ from .lines import Lines, sort_lines, sum_along
 from .runs import find
 from .scratch import Scratch
 
-# Cells of the table that tells most scores their interval without a search: so many, and so many
-# for each edge. With 50,000 positives 2^16 cells would leave most scores to the search.
+# Cells of the table that tells most scores their interval without a search: so many, or so many
+# for each edge if that is more (with 50,000 positives 2^16 cells would leave most scores to the
+# search), but not more than pay where few scores are looked up.
 CELLS = 1 << 16
 CELLS_PER_EDGE = 4
+SCORES_PER_CELL = 4
+FEWEST_CELLS = 64
 
 # So few scores are searched for one by one, and sorted as they are: the table, or integers made of
 # them, would cost more.
@@ -47,6 +50,7 @@ class Edges:
     lower: Tensor  # (P,) int64: the interval that starts at s_i - delta
     upper: Tensor  # (P,) int64: the interval that starts at s_i + delta
     lines: Lines | None  # None without groups
+    cells: int  # of the table
 
     @cached_property
     def width(self) -> Tensor:
@@ -72,9 +76,9 @@ class Edges:
         first, last = self.key[0].item(), self.key[-1].item()
         unit = torch.finfo(self.key.dtype)
         margin = max(
-            1.5 * (last - first) / (self._number_of_cells - 4),
+            1.5 * (last - first) / (self.cells - 4),
             2 * unit.eps * max(-first, last),
-            self._number_of_cells * unit.tiny,
+            self.cells * unit.tiny,
         )
         return first - margin, last + margin
 
@@ -132,23 +136,19 @@ class Edges:
     def _cells(self) -> Tensor:
         """int32: how many edges lie below the end of each cell; `OPEN` more where one is inside."""
         inside = self._cell(self.key, Scratch(), ordered=True)
-        inside = inside.bincount(minlength=self._number_of_cells)
+        inside = inside.bincount(minlength=self.cells)
         return inside.cumsum(0).add_(inside.clamp_(max=1), alpha=OPEN).to(torch.int32)
 
     def _cell(self, scores: Tensor, scratch: Scratch, ordered: bool) -> Tensor:
         """The cell of each score (n,), int32: they cut the line between the bounds."""
         below, above = self.bounds
         # Rounding must not lead behind the last one.
-        last = (self._number_of_cells - 1) * (1 - 4 * torch.finfo(scores.dtype).eps)
+        last = (self.cells - 1) * (1 - 4 * torch.finfo(scores.dtype).eps)
         place = torch.sub(scores, below, out=scratch("place", scores, scores.dtype))
         place.mul_(last / (above - below))
         if not ordered:
             place.nan_to_num_()
         return scratch("cell", scores, torch.int32).copy_(place)
-
-    @property
-    def _number_of_cells(self) -> int:
-        return max(CELLS, CELLS_PER_EDGE * self.key.numel())
 
 
 @dataclass
@@ -182,10 +182,15 @@ class Steps:
         return self.values.index_select(0, below % OPEN).masked_fill_(below >= OPEN, torch.nan)
 
 
-def sort_edges(scores: Tensor, delta: float, own_groups: Tensor | None = None) -> Edges:
+def sort_edges(
+    scores: Tensor, delta: float, own_groups: Tensor | None = None, looked_up: int = 0
+) -> Edges:
     """The edges of positives with finite scores (P,), on the lines of their groups (P,).
 
     NaN stands in front of everything, which keeps what is made of the edges finite.
+
+    Args:
+        looked_up: about how many scores will be, which decides how fine the table is.
     """
     scores = scores.nan_to_num(nan=LARGEST)
     by_score = _argsort(scores)
@@ -216,6 +221,10 @@ def sort_edges(scores: Tensor, delta: float, own_groups: Tensor | None = None) -
         lower=start[0],
         upper=start[-1],
         lines=lines,
+        cells=min(
+            max(CELLS, CELLS_PER_EDGE * place.numel()),
+            max(FEWEST_CELLS, looked_up // SCORES_PER_CELL),
+        ),
     )
 
 

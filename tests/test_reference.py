@@ -232,7 +232,7 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
         levels, level_targets, index, scores, values, -values, delta, IGNORE
     )[0]
     monkeypatch.setattr(layout, "CHUNK", 1000)
-    monkeypatch.setattr(edges, "CELLS", 100)  # so that blocks are looked up in the table
+    monkeypatch.setattr(edges, "FEW", 0)  # so that blocks are looked up in the table
     for module in (pairwise, breakpoints):
         for shape, cut in ((levels, level_targets), (long, [targets.reshape(1, 600)])):
             place, _ = layout.locate(shape, cut, None, 40, True, IGNORE)
