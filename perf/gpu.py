@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .gpu_steps import STEPS, Context, Rehearsal, Step, Task
+from .gpu_context import Context, Rehearsal, Task
+from .gpu_steps import STEPS, Step
 
 _RESULTS = Path(__file__).parent / "results" / "gpu"
 _MARGIN = 6.0  # seconds of the budget that are kept for ending

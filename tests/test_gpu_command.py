@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("triton")
 gpu = importlib.import_module("perf.gpu")
 steps = importlib.import_module("perf.gpu_steps")
+measurements = importlib.import_module("perf.gpu_measurements")
 parity_checks = importlib.import_module("perf.parity_checks")
-Step, Task = steps.Step, steps.Task
+Step, Task, Rehearsal = steps.Step, steps.Task, gpu.Rehearsal
 
 
 # Steps that a worker process finds here by name.
@@ -79,7 +80,7 @@ def slow(context):
 
 
 def run(tmp_path, *given, minutes=3.0):
-    report = gpu.run(given, steps.Rehearsal, tmp_path, minutes)
+    report = gpu.run(given, Rehearsal, tmp_path, minutes)
     assert json.loads((tmp_path / "report.json").read_text())["steps"] == json.loads(
         json.dumps(report["steps"])
     )
@@ -105,7 +106,7 @@ def test_what_the_design_hangs_on_is_measured_first_and_checked(tmp_path, monkey
     order = [step.name for step in steps.STEPS]
     assert order[:2] == ["machine", "rates"]
     kernel_rates = importlib.import_module("perf.kernel_rates")
-    context = steps.Rehearsal(tmp_path)
+    context = Rehearsal(tmp_path)
     case = parity_checks.draw_case(context.sizes.full, "spread", torch.float32, context.device)
     found = kernel_rates.measure_intervals(case, context.capture, 1)
     assert found["ok"]
@@ -233,7 +234,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
     bench, autotune = (importlib.import_module(f"perf.{name}") for name in ("bench", "autotune"))
     tuned = importlib.import_module("alrp_triton.kernels.tuned")
     monkeypatch.setenv(tuned.FOLDER, "elsewhere")
-    context = steps.Rehearsal(tmp_path)
+    context = Rehearsal(tmp_path)
     context.until = time.monotonic() + 60
     found = []
 
@@ -249,7 +250,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
             "left_out": [],
             "search": [],
             "fits": [fitted],
-            "machine": steps.timing.machine(device),
+            "machine": measurements.timing.machine(device),
         }
 
     def run(cells, variants, device, rounds, until, progress):
@@ -260,7 +261,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
     monkeypatch.setattr(autotune, "tune", tune)
     monkeypatch.setattr(bench, "run", run)
     monkeypatch.setattr(bench, "write", lambda report, folder, name: [folder / f"{name}.json"])
-    (tuning,), (benchmark,) = steps.tuning(context), steps.benchmark(context)
+    (tuning,), (benchmark,) = measurements.tuning(context), measurements.benchmark(context)
     told = tuning.run()
     assert told["gains"] == {}
     assert told["costs"]["float32"] == measured | {"taken": True, "lost_before": 0.01}
@@ -273,9 +274,9 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
 
 def test_a_benchmark_that_is_wrong_fails(tmp_path, monkeypatch):
     bench = importlib.import_module("perf.bench")
-    context = steps.Rehearsal(tmp_path)
+    context = Rehearsal(tmp_path)
     rows = [row(bench.OURS, "init", parity=False, seconds=None)]
     monkeypatch.setattr(bench, "run", lambda *_, **__: {"rows": rows, "dropped": []})
     monkeypatch.setattr(bench, "write", lambda *_: [])
-    (benchmark,) = steps.benchmark(context)
+    (benchmark,) = measurements.benchmark(context)
     assert not benchmark.run()["ok"]
