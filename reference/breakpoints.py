@@ -53,9 +53,11 @@ def count(
     edges, scratch = _sort_edges(logits, scores, delta, own_groups), Scratch()
     # In rows: the negatives, the positives, and the positives' values.
     number, distance = scores.new_zeros((2, 3, edges.high.numel()), dtype=torch.float64)
-    number[0], distance[0], unordered = _sum_negatives(
-        logits, targets, groups, edges, delta, ignore_index, scratch
-    )
+    unordered = False
+    if logits:
+        number[0], distance[0], unordered = _sum_negatives(
+            logits, targets, groups, edges, delta, ignore_index, scratch
+        )
     interval = edges.look_up(scores, edges.lines and edges.lines.own, scratch)
     values = torch.stack([torch.ones_like(values), values]).double()
     index = interval.long().expand_as(values)

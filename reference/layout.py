@@ -208,7 +208,7 @@ def _search(
         number = found.numel()
         if number > size or (exact and number < size):
             raise ValueError(message)
-        return pad(found, (0, size - number), value=-1)
+        return found if number == size else pad(found, (0, size - number), value=-1)
     total = torch.stack([mask.count_nonzero() for mask in masks]).sum()
     _require(total == size if exact else total <= size, message)
     return _places_in_slots(masks, size)

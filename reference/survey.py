@@ -30,6 +30,9 @@ SURVEY = 1 << 21
 # Where more than this share of the logits is relevant, a block is worked on as a whole.
 MANY = 0.05
 
+# Where no more than this share of the runs hold a relevant logit, one by one is quick enough.
+SCARCE = 0.25
+
 
 class Part(NamedTuple):
     """Some logits of a block."""
@@ -75,7 +78,7 @@ def survey(logits: Tensor, targets: Tensor, groups: Tensor | None, edges: Edges)
     for rows, places, block_logits, block_targets in blocks(logits, targets, SURVEY):
         highest = run_maxima(block_logits.reshape(-1))
         ordered = not highest.amax().isnan()
-        runs = _not_below(edges.within_bounds(highest), edges, ordered)
+        runs = _not_below(highest.to(edges.key.dtype), edges, ordered)
         many = _are_many(runs, block_logits, edges)
         yield Block(
             where=(rows, slice(None), places),
@@ -89,7 +92,7 @@ def survey(logits: Tensor, targets: Tensor, groups: Tensor | None, edges: Edges)
 
 def _are_many(runs: Tensor, logits: Tensor, edges: Edges) -> bool:
     """Whether many logits are relevant, by a sample; given the runs in which some are."""
-    if runs.numel() * RUN <= MANY * logits.numel():
+    if runs.numel() * RUN <= SCARCE * logits.numel():
         return False
     sample = edges.within_bounds(logits.reshape(-1)[::RUN])
     return int((sample >= edges.key[0]).count_nonzero()) > MANY * sample.numel()

@@ -392,11 +392,26 @@ def test_every_call_runs_once_a_round_in_an_order_drawn_anew():
     assert before == set("bcde")
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads wait for each other, and for whatever else the machine does, in every variant."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("distribution", ["init", "mid", "spread"])
 def test_at_least_five_times_faster_than_the_published_loop(distribution):
     """P = 500, N = 2 million, forward + backward, the best of seven each, side by side."""
     cell = Cell(2_000_000, 500, distribution)
     rows = by_name(fill(cell, 7, (OURS, "published loop")))
+    assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
+
+
+def test_at_least_five_times_faster_where_the_loop_has_little_to_do(one_thread):
+    """Late in a training."""
+    rows = by_name(fill(Cell(2_000_000, 500, "late"), 15, (OURS, "published loop")))
     assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
 
 
@@ -406,15 +421,6 @@ def test_at_least_three_times_faster_than_sort_and_bucket(distribution):
     cell = Cell(2_000_000, 500, distribution, delta=0.0)
     rows = by_name(fill(cell, 5, (OURS, "sort and bucket")))
     assert rows["sort and bucket"]["least"] > 3 * rows[OURS]["least"]
-
-
-@pytest.fixture
-def one_thread():
-    """Two threads wait for each other, and for whatever else the machine does, in every variant."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("distribution", ["init", "spread"])
