@@ -177,9 +177,9 @@ def _check(pred_boxes: Tensor, target_boxes: Tensor, kind: str, tau: float) -> N
         )
 
 
-def check_kind(kind: str, tau: float) -> None:
-    """Raises ValueError if there is no such error."""
+def check_kind(kind: str, tau: float, name: str = "kind") -> None:
+    """Raises ValueError if there is no such error; the caller knows the kind by `name`."""
     if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(KINDS)}, got {kind!r}")
     if not 0 <= tau < 1:
         raise ValueError(f"tau: expected a number in [0, 1), got {tau}")

@@ -180,8 +180,8 @@ def _apply(
 class ErrorDrivenUpdate(torch.autograd.Function):
     """Passes values on; its backward makes the gradient by every logit, scaled by the upstream one.
 
-    Between the two it keeps the logits and P numbers. The gradient is an update rule and not the
-    derivative of the values, so there is no second derivative.
+    Between the two it keeps what it was called with, and P numbers. The gradient is an update rule
+    and not the derivative of the values, so there is no second derivative.
     """
 
     @staticmethod

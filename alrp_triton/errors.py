@@ -7,7 +7,6 @@ Its vectors are (P,) float64 and may hold padding, whose entries are masked out 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,9 +45,6 @@ class Errors(NamedTuple):
     error: Tensor  # l(i), (P,)
     target: Tensor  # l*(i), (P,)
     normaliser: Tensor | float  # Z, scalar
-
-
-ErrorsFunction = Callable[[Counts], Errors]
 
 
 def ap_errors(counts: Counts) -> Errors:

@@ -19,9 +19,10 @@ Every loss takes the same `logits`, `targets` and keywords:
         anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.
     impl, algorithm: see `set_backend`; "auto" chooses.
 
-They return scalars, float32 (float64 for float64 logits), attached to the graph even where there is
-nothing to rank. The gradient by the logits is the error-driven update of the paper, balanced
-between positives and negatives, and not the derivative of the returned number.
+They return scalars, float32 (float64 for float64 logits; loc also for float64 `loc_errors`),
+attached to the graph even where there is nothing to rank. The gradient by the logits is the
+error-driven update of the paper, balanced between positives and negatives, and not the derivative
+of the returned number.
 """
 
 from __future__ import annotations

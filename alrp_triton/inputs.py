@@ -38,6 +38,10 @@ def prepare_ranking(
         raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
     if not 0 <= delta < math.inf:
         raise ValueError(f"delta: expected a finite number of at least 0, got {delta}")
+    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if positives is not None and not isinstance(positives, Tensor):
+        raise TypeError(f"positives: expected an int64 tensor, got {type(positives).__name__}")
     ops.check_backend(impl, algorithm)
     levels = _levels("logits", logits)
     level_targets = _levels("targets", targets)

@@ -35,8 +35,9 @@ class SelfBalance(nn.Module):
     """Self-balancing (Sec. 4.2): the weight of loc is mean(aLRP) / mean(loc) of the previous epoch.
 
     The statistics are buffers: they stay on the device (nothing waits for it), move with `.to()`
-    and are saved in `state_dict`. An iteration whose loss is not finite is left out of them. Under
-    DistributedDataParallel each rank balances on what it sees.
+    and are saved in `state_dict`. An iteration whose loss is not finite is left out of them.
+    Outside of the module that DistributedDataParallel wraps, each rank balances on what it sees;
+    inside, all take rank 0's, whose buffers are broadcast.
 
     Args:
         initial: weight in the first epoch (50 in the paper, which finds it to hardly matter).
@@ -44,7 +45,7 @@ class SelfBalance(nn.Module):
             with `step()`.
 
     Raises:
-        ValueError: if initial is not positive or period is below 1.
+        TypeError, ValueError: if initial is no positive number, or period no integer from 1 on.
 
     Example:
         >>> balance = SelfBalance(initial=50.0)
@@ -60,6 +61,10 @@ class SelfBalance(nn.Module):
 
     def __init__(self, initial: float = 50.0, period: int | None = None) -> None:
         super().__init__()
+        if isinstance(initial, bool) or not isinstance(initial, (int, float)):
+            raise TypeError(f"initial: expected a number, got {type(initial).__name__}")
+        if isinstance(period, bool) or not isinstance(period, (int, type(None))):
+            raise TypeError(f"period: expected None or an integer, got {type(period).__name__}")
         if not initial > 0:
             raise ValueError(f"initial: expected a positive number, got {initial}")
         if period is not None and period < 1:
@@ -129,6 +134,10 @@ class ALRPLoss(nn.Module):
             end of each epoch, `SelfBalance(period=...)` does it by itself.
         ignore_index, impl, algorithm: as in `alrp_loss`.
 
+    Raises:
+        ValueError: if there is no such box_loss, or tau is not in [0, 1). What else is wrong,
+            `alrp_loss` and `localisation_errors` raise at the call.
+
     Example:
         >>> criterion = ALRPLoss(balance=SelfBalance(period=1000))
         >>> logits = torch.randn(100, 3, requires_grad=True)         # 100 anchors, 3 classes
@@ -152,7 +161,7 @@ class ALRPLoss(nn.Module):
         algorithm: str = "auto",
     ) -> None:
         super().__init__()
-        check_kind(box_loss, tau)
+        check_kind(box_loss, tau, "box_loss")
         self.delta = delta
         self.box_loss = box_loss
         self.tau = tau

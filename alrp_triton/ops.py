@@ -50,9 +50,11 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
     Raises:
         ValueError: if a name is none of these.
 
-    An `impl` or `algorithm` other than "auto" that is given to a loss wins over this setting. What
-    is asked for by name and cannot run raises at the call; only "auto" chooses.
+    Both are set: one that is left out goes back to "auto". An `impl` or `algorithm` other than
+    "auto" that is given to a loss wins over this setting. What is asked for by name and cannot run
+    raises at the call; only "auto" chooses.
 
+    Example:
     >>> set_backend(impl="torch")
     >>> set_backend()  # back to choosing
     """

@@ -2,7 +2,7 @@
 
 Every row is forward + backward of one call, interleaved with the other variants in rounds, after
 its value and gradient were held to the truth in float64; without parity there is no time. Runs on
-a CPU within three minutes, and on a GPU where there is one. perf/README.md says how to read it.
+a CPU in about three minutes, and on a GPU where there is one. perf/README.md says how to read it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 _MOST_GROWTH = 2.0
 _LEAST_SHARE = 0.5  # of the memory-traffic floor
-_MOST_MEMORY = 0.02, 32 << 20  # share of the logits, and bytes
+MOST_MEMORY = 0.02, 32 << 20  # beyond logits and gradient: share of the logits, and bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -116,7 +116,7 @@ def _growth(ours: Sequence[Row], standard: Standard, dtype: str) -> Iterator[Fig
 
 
 def _memory(ours: Sequence[Row]) -> Iterator[Figure]:
-    share, constant = _MOST_MEMORY
+    share, constant = MOST_MEMORY
     for row in ours:
         if row["extra_bytes"] is not None:
             allowed = share * row["N"] * _BYTES[row["dtype"]] + constant

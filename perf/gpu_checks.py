@@ -31,6 +31,9 @@ from .workloads import DISTRIBUTIONS
 
 _ROOT = Path(__file__).parents[1]
 
+# The files whose tests are marked for a GPU, the quick ones first; to collect all takes longer.
+_TESTED = ("kernels", "triton", "locate", "sorting", "boxes", "authors", "metrics", "scale")
+
 
 def parity(context: Context) -> Iterator[Task]:
     """Full size: the operators and the public losses, each distribution and dtype."""
@@ -360,7 +363,7 @@ def _pytest(context: Context) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         return {"dropped": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    files = ("tests/test_kernels.py", "tests/test_breakpoints.py", "tests/test_triton.py")
+    files = [f"tests/test_{name}.py" for name in _TESTED]
     seconds = max(1.0, context.until - ENDING - time.monotonic())
     try:
         done = subprocess.run(

@@ -23,12 +23,10 @@ from alrp_triton import ops
 
 from . import parity_checks, timing
 from .budgets import IGNORE, Case
+from .goals import MOST_MEMORY
 from .gpu_context import DTYPES, ENDING, Call, Context, Task
 from .parity_checks import Size
 from .workloads import DISTRIBUTIONS
-
-# What the losses may take beyond the logits and their gradient, at full size.
-_SHARE, _CONSTANT = 0.02, 32 << 20
 
 
 def about(context: Context) -> Iterator[Task]:
@@ -70,7 +68,8 @@ def _peak(context: Context, algorithm: str, dtype: str) -> dict[str, Any]:
         return {"peak": None, "why": "the system does not tell"}
     logits = sum(leaf.numel() * leaf.element_size() for leaf in call.logits)
     beyond = max(0, peak - logits)  # the gradient is as large as the logits
-    goal = int(_SHARE * logits + _CONSTANT)
+    share, constant = MOST_MEMORY
+    goal = int(share * logits + constant)
     return {"beyond": beyond, "logits": logits, "goal": goal, "reached": beyond <= goal}
 
 

@@ -1,4 +1,4 @@
-"""What the kernels for breakpoints will hang on: the rates of atomic adds and of table look-ups.
+"""What the kernels for breakpoints hang on: the rates of atomic adds and of table look-ups.
 
 An atomic add of one to an int64 counter in global memory is what a histogram of intervals does for
 each logit; a look-up is 32 lanes reading anywhere in a table of 16 KB. Indices are made in

@@ -16,7 +16,6 @@ from perf.report import significant
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-SERIES = (BLUE, VERMILION, GREEN, PURPLE)
 
 
 def save_curves(alrp: np.ndarray | None, ratios: dict[str, np.ndarray], path: Path) -> None:

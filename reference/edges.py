@@ -19,12 +19,10 @@ from .lines import Lines, sort_lines, sum_along
 from .runs import find
 from .scratch import Scratch
 
-# Cells of the table that tells most scores their interval without a search: so many, or so many
-# for each edge if that is more (with 50,000 positives 2^16 cells would leave most scores to the
-# search), but not more than pay where few scores are looked up.
+# Cells of the table that tells most scores their interval without a search.
 CELLS = 1 << 16
-CELLS_PER_EDGE = 4
-SCORES_PER_CELL = 4
+CELLS_PER_EDGE = 4  # if that is more: with 50,000 positives 2^16 would leave most to the search
+SCORES_PER_CELL = 4  # at least so many: fewer scores do not pay for a table as fine as that
 FEWEST_CELLS = 64
 
 # So few scores are searched for one by one, and sorted as they are: the table, or integers made of
@@ -195,7 +193,8 @@ def sort_edges(
     scores = scores.nan_to_num(nan=LARGEST)
     by_score = _argsort(scores)
     ascending = scores.index_select(0, by_score)
-    # All that follows has a row for the lower edges and one for the upper edges, ascending.
+    # All that follows has a row for the lower edges and one for the upper edges, ascending, and
+    # until they are merged one for the bounds of `_merge`. Under the hard step it has one row.
     high = ascending.double()[None]
     low, key = torch.zeros_like(high), ascending[None]
     place = torch.arange(scores.numel(), device=scores.device)[None]
@@ -242,7 +241,7 @@ def _merge(scores: Tensor, bound: Tensor) -> Tensor:
     """The places of all lower and of all upper edges, (2, P) int64, of positives in order.
 
     The upper edge of k lies below the lower edge of i where s_k < s_i - 2 delta, and so below
-    `bound` (P,), the smallest score that is not less. Where bounds are equal, order has been made.
+    `bound` (P,), the smallest score that is not less. Equal ones keep the order of the scores.
     """
     order = _argsort(torch.cat([bound, scores]))
     place = torch.arange(order.numel(), device=order.device)

@@ -62,8 +62,8 @@ def exclude_non_negatives(
 ) -> Tensor:
     """Writes `fill` into `x` (B, C, M), in place, where the logit is positive or ignored.
 
-    With class indices they are written one by one, since there are few: no comparison for every
-    logit.
+    Returns `x`. With class indices they are written one by one, since there are few: no comparison
+    for every logit.
     """
     if targets.dim() == x.dim():
         return x.masked_fill_(targets != 0, fill)
@@ -201,7 +201,8 @@ def _search(
         for level, target in zip(logits, targets, strict=True)
     ]
     message = (
-        f"loc_errors, values or quality: {size} given, but targets has another number of positives"
+        f"loc_errors, values, quality or regression_losses: {size} given, but targets has another "
+        "number of positives"
     )
     if masks[0].device.type == "cpu":
         found = _places(masks)

@@ -27,11 +27,12 @@ from .scratch import Scratch
 # Logits that are surveyed at once, before any is worked on.
 SURVEY = 1 << 21
 
-# Where more than this share of the logits is relevant, a block is worked on as a whole.
-MANY = 0.05
-
-# Where no more than this share of the runs hold a relevant logit, one by one is quick enough.
+# Where no more than this share of the runs hold a relevant logit, these are picked out.
 SCARCE = 0.25
+
+# Elsewhere too, unless more than this share of the logits is relevant: then a block is worked on as
+# a whole.
+MANY = 0.05
 
 
 class Part(NamedTuple):

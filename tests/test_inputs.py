@@ -501,6 +501,8 @@ WRONG = [
     ({"delta": math.inf}, ValueError, "delta: .*got inf"),
     ({"delta": "1"}, TypeError, "delta: expected a number, got str"),
     ({"positives": torch.tensor([0, 1])}, ValueError, r"loc_errors: expected shape \(2,\)"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer, got float"),
+    ({"positives": [0, 1, 5]}, TypeError, "positives: expected an int64 tensor, got list"),
     ({"positives": torch.tensor([0.0, 1, 5])}, TypeError, "positives: expected int64, got .*float"),
     ({"positives": torch.tensor([[0, 1, 5]])}, ValueError, "positives: expected shape"),
     ({"positives": torch.tensor([0, 1, 2])}, ValueError, "positives: every entry"),

@@ -175,10 +175,16 @@ def test_wrong_settings_are_named():
     for make, message in (
         (lambda: SelfBalance(initial=0.0), "initial: expected a positive number"),
         (lambda: SelfBalance(period=0), "period: expected None or at least 1"),
-        (lambda: ALRPLoss(box_loss="l1"), "got 'l1'"),
+        (lambda: ALRPLoss(box_loss="l1"), "^box_loss: expected .* got 'l1'"),
         (lambda: ALRPLoss(tau=1.0), "tau: expected a number"),
     ):
         with pytest.raises(ValueError, match=message):
+            make()
+    for make, message in (
+        (lambda: SelfBalance("50"), "^initial: expected a number, got str"),
+        (lambda: SelfBalance(period=1.5), "^period: expected None or an integer, got float"),
+    ):
+        with pytest.raises(TypeError, match=message):
             make()
 
 

@@ -2,8 +2,8 @@
 
 The detection heads of their repositories train on these classes unchanged, after one line in the
 file that holds their loss (the README beside this file says which). They take the package's road:
-no loop over the positives, no `.cuda()`, and the host waits for nothing but the number of the
-positives, which `aLRPLoss` knows already. `alrp_triton.set_backend` chooses what runs.
+no loop over the positives, no `.cuda()`, and with kernels the host waits for nothing but the number
+of the positives, which `aLRPLoss` knows already. `alrp_triton.set_backend` chooses what runs.
 
 In all of them, as published, targets have the shape of the logits, and hold 1 / 0 / -1 (positive,
 negative, ignored), for Rank & Sort the IoU in place of the 1; and no gradient reaches the targets

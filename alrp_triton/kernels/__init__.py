@@ -1,5 +1,6 @@
 """The Triton kernels, for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors.
 
-Same file names, function names and arguments as `reference`, to which every result is held. Nothing
-here imports anything of it.
+pairwise, breakpoints, sorting and skewed have the functions and arguments of `reference`, locate
+those of `reference.layout`, boxes those of `alrp_triton.boxes`, to which every result is held. The
+rest is what these are made of. Nothing here imports anything of `reference`.
 """

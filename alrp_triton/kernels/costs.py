@@ -62,10 +62,10 @@ class Costs(NamedTuple):
 def default_costs(dtype: torch.dtype) -> Costs:
     """For logits of a dtype on an unknown GPU: estimates, not measured.
 
-    From the instructions that the kernels compile to on sm_90 (4.8 a pair; 110 a float32 logit, 40
-    a 16-bit one; 130 a float64 pair, which has no short way), at the rate of an H200, and from the
-    number of launches. Pairwise reads behind its pairs, where there are enough for the choice to
-    matter; a pair in float64 takes four times as long. Only the ratios matter.
+    From the instructions that the kernels compile to on sm_90 (4.8 a pair; 105 a float32 logit, 35
+    a 16-bit one, rounded up; 130 a float64 pair, which has no short way), at the rate of an H200,
+    and from the number of launches. Pairwise reads behind its pairs, where there are enough for the
+    choice to matter; a pair in float64 takes four times as long. Only the ratios matter.
     """
     if dtype == torch.float64:
         return Costs(Pairwise(4e-5, 0.0, 5e-12, 2e-11), Breakpoints(1.2e-4, 4e-11, 2e-9))

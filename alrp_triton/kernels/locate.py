@@ -266,8 +266,8 @@ def _search(levels: Sequence[dict[str, Any]], index: Tensor, scores: Tensor, exa
         first_logit += level["logits"].numel()
     _require(
         fits,
-        f"loc_errors, values or quality: {index.numel()} given, but targets has another number of "
-        "positives",
+        f"loc_errors, values, quality or regression_losses: {index.numel()} given, but targets has "
+        "another number of positives",
     )
 
 

@@ -68,7 +68,7 @@ _FEW = tl.constexpr(2)  # s_i, and no positive behind the first `FEW` places
 
 
 @triton.jit
-def _step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
+def step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
     """H(x) of logits and a row of the table (see `_prepare_kernel`), broadcast together. No NaN."""
     if HARD:
         return tl.where(scores >= shift, 1.0, 0.0).to(scores.dtype)
@@ -171,7 +171,7 @@ def _count_tiles(
 
             # 3. NFP(i) = sum_j H(x_ij), Eq. 3, if there is any x_ij >= -delta at all.
             if tl.max((highest - lowest >= -delta).to(tl.int32), 0) > 0:
-                h = _step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
+                h = step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
                 if own_lines is not None:
                     line = read_groups(lines[0], lines[1], level[4], places, WIDE)
                     h = tl.where(line[:, None, :] == own_line[None, :, None], h, 0.0)
@@ -327,7 +327,7 @@ def _rank_kernel(
         s_k = tl.load(scores + k, mask=k < behind, other=float("-inf"))
         value = tl.load(values + k, mask=(k < behind) & (s_k != float("-inf")), other=0.0)
         poison |= (s_k != s_k).to(tl.int32)
-        h = _step(s_k[None, :], s_i[:, None], scale, False, HARD).to(tl.float64)
+        h = step(s_k[None, :], s_i[:, None], scale, False, HARD).to(tl.float64)
         if own_lines is not None:
             line = tl.load(own_lines + k, mask=k < behind, other=-1)
             h = tl.where(line[None, :] == line_i[:, None], h, 0.0)
@@ -372,7 +372,7 @@ def _add_block(
             s, w = tl.load(shift + first + p), tl.load(shift + padded + first + p)
             if own_lines is not None:
                 w = tl.where(line == tl.load(own_lines + start + first + p), w, 0.0)
-            short = tl.fma(_step(v, s, scale, FAST, HARD), w, short)
+            short = tl.fma(step(v, s, scale, FAST, HARD), w, short)
         total += short.to(tl.float64)
     return total
 

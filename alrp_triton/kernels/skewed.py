@@ -25,7 +25,7 @@ from .levels import (
     real,
     write_own,
 )
-from .pairwise import _step as step
+from .pairwise import step
 
 _BLOCK = 1  # positives that meet a tile at once: with more, some compilers spill registers
 _LANES = 128  # logits of a tile
