@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ from .workloads import DISTRIBUTIONS
 _ROOT = Path(__file__).parents[1]
 
 # The files whose tests are marked for a GPU, the quick ones first; to collect all takes longer.
-_TESTED = ("kernels", "triton", "locate", "sorting", "boxes", "authors", "metrics", "scale")
+_MARKED = ("kernels", "triton", "locate", "sorting", "boxes", "authors", "metrics", "scale")
 
 
 def parity(context: Context) -> Iterator[Task]:
@@ -355,15 +355,17 @@ def _fail(context: Context, call: str, message: str) -> dict[str, Any]:
 
 
 def tests(context: Context) -> Iterator[Task]:
-    """The tests that are marked for a GPU, where pytest is there."""
-    yield Task("pytest -m gpu", partial(_pytest, context))
+    """Where pytest is there: the tests marked for a GPU, and those of the other kernels."""
+    yield Task("pytest -m gpu", partial(_pytest, context, _MARKED, "-m", "gpu"))
+    yield Task("Rank & Sort and skew", partial(_pytest, context, ("sorting", "skewed")))
 
 
-def _pytest(context: Context) -> dict[str, Any]:
+def _pytest(context: Context, names: Sequence[str], *options: str) -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         return {"dropped": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    files = [f"tests/test_{name}.py" for name in _TESTED]
+    options = (*options, *context.test_options)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    files = [f"tests/test_{name}.py" for name in names]
     seconds = max(1.0, context.until - ENDING - time.monotonic())
     try:
         done = subprocess.run(

@@ -82,6 +82,7 @@ class Context:
     cells = "gpu"  # of perf.bench
     activity = ProfilerActivity.CUDA
     kernels_on = DeviceType.CUDA
+    test_options: tuple[str, ...] = ()
 
     def __init__(self, out: Path) -> None:
         self.device = torch.device("cuda", 0)
@@ -127,6 +128,7 @@ class Rehearsal(Context):
     cells = "rehearse"
     activity = ProfilerActivity.CPU
     kernels_on = DeviceType.CPU
+    test_options = ("--collect-only",)  # they run without a GPU as they are
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)

@@ -37,5 +37,5 @@ STEPS = (
     Step("variants", gpu_checks.variants, 20),
     Step("compilation", gpu_checks.compilation, 60),
     Step("assertions", gpu_checks.assertions, 40),
-    Step("tests", gpu_checks.tests, 90),
+    Step("tests", gpu_checks.tests, 150),
 )
