@@ -12,8 +12,9 @@ Every loss takes the same `logits`, `targets` and keywords:
         (-1) ignored.
     delta: half-width of the step function H, in logits; 0 for the hard step.
     ignore_index: the class index that takes an anchor out (-100).
-    positives: (P,) int64 positions of the positives in the flattened targets of all levels, if
-        known; saves the search. It may be padded with -1, so that P is static under torch.compile.
+    positives: (P,) int64 positions of the positives in the flattened targets of all levels, each
+        once, if known; saves the search. It may be padded with -1, so that P is static under
+        torch.compile.
     groups: integers, broadcastable to the shape of `targets`, or a list of such for the levels; a
         positive is then ranked among the examples of its own group alone, as the image of each
         anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.

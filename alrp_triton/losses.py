@@ -34,8 +34,8 @@ class RankSortOutput(NamedTuple):
 class SelfBalance(nn.Module):
     """Self-balancing (Sec. 4.2): the weight of loc is mean(aLRP) / mean(loc) of the previous epoch.
 
-    The statistics are buffers: they stay on the device (nothing waits for it), move with `.to()`
-    and are saved in `state_dict`. An iteration whose loss is not finite is left out of them.
+    The statistics are buffers: they stay on the device of the losses (nothing waits for it) and are
+    saved in `state_dict`. An iteration whose loss is not finite is left out of them.
     Outside of the module that DistributedDataParallel wraps, each rank balances on what it sees;
     inside, all take rank 0's, whose buffers are broadcast.
 
@@ -81,6 +81,8 @@ class SelfBalance(nn.Module):
     @torch.no_grad()
     def update(self, cls: Tensor, loc: Tensor, num_positives: int = 1) -> None:
         """Adds one iteration: its cls and loc (scalars), and how many positives it had."""
+        if self.sums.device != cls.device and not torch.compiler.is_compiling():
+            self.to(cls.device)  # a copy to another device would wait for it in every iteration
         sums = torch.stack([cls + loc, loc]).to(self.sums)
         self.sums += torch.where(sums.isfinite().all(), sums, 0.0)
         self.iterations += 1

@@ -85,6 +85,7 @@ class Code(NamedTuple):
     registers: int  # vector registers a thread
     spills: int  # NVIDIA: instructions that touch local memory; AMD: vector registers spilled
     shared: int  # bytes a block
+    layouts: str  # Triton's GPU dialect, which says what thread holds what
     loops: list[Loop]  # in the order of their first instruction; NVIDIA only
 
 
@@ -123,8 +124,21 @@ def compile_launch(launch: Launch, target: str = "sm_90") -> Code:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=gpu, options=options.__dict__)
     if gpu.backend == "hip":
-        return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
-    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
+        return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared, compiled.asm["ttgir"])
+    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"])
+
+
+def scattered(code: Code) -> list[str]:
+    """Accesses to memory in which the threads of a warp do not follow each other along a line.
+
+    They take more transactions, and where they add, more threads meet at one address.
+    """
+    layouts = re.findall(
+        r"^(#\w+) = #ttg\.blocked<\{.*?threadsPerWarp = \[(.*?)\]", code.layouts, re.M
+    )
+    across = {name for name, threads in layouts if any(x != "1" for x in threads.split(", ")[:-1])}
+    accesses = re.findall(r"^.*\btt\.(?:load|store|atomic_rmw)\b.*$", code.layouts, re.M)
+    return [line for line in accesses if across & set(re.findall(r"#\w+", line))]
 
 
 def _specialise(launch: Launch, backend: BaseBackend) -> tuple[Any, dict, dict, dict]:
@@ -135,7 +149,7 @@ def _specialise(launch: Launch, backend: BaseBackend) -> tuple[Any, dict, dict, 
     return kernel._pack_args(backend, launch.arguments, bound, specialisation, options)
 
 
-def _read_cubin(cubin: bytes, shared: int) -> Code:
+def _read_cubin(cubin: bytes, shared: int, layouts: str) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -147,16 +161,18 @@ def _read_cubin(cubin: bytes, shared: int) -> Code:
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=sum(x.opcode.startswith(("LDL", "STL")) for x in instructions),
         shared=shared,
+        layouts=layouts,
         loops=_loops(instructions, labels),
     )
 
 
-def _read_amdgcn(assembly: str, shared: int) -> Code:
+def _read_amdgcn(assembly: str, shared: int, layouts: str) -> Code:
     def count(field: str) -> int:
         return int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1))
 
     # A scalar register that is kept in a lane of a vector register costs no memory: no spill.
-    return Code(assembly, count("vgpr_count"), count("vgpr_spill_count"), shared, loops=[])
+    registers, spills = count("vgpr_count"), count("vgpr_spill_count")
+    return Code(assembly, registers, spills, shared, layouts, loops=[])
 
 
 def _run(tool: str, *arguments: str) -> str:

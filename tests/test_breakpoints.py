@@ -130,6 +130,25 @@ def test_edges_of_groups_are_those_of_each_alone(delta: float) -> None:
     assert edges.limits[90].tolist() == [torch.inf, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_look_up_begins_in_front_of_the_edges(dtype: torch.dtype) -> None:
+    """A NaN leaves its line without limits, and a score then asks the table for any cell."""
+    nan = torch.nan
+    for scores in ([nan], [nan] * 3, [2.0, 3.0, nan], [-2.0, 3.0, nan], [-torch.inf] * 2, [0.5]):
+        given = torch.tensor(scores, dtype=dtype, device=DEVICE)
+        edges = edges_module.sort_edges(given, 1.0)
+        assert edges.table.min() >= 1
+        assert edges.table.max() <= 2 * given.numel()
+
+
+@pytest.mark.parametrize("positives", [3, 3000])
+def test_no_rounding_leads_behind_the_table(positives: int) -> None:
+    """The division of a GPU may be off by two units in the last place, that of a CPU is not."""
+    edges = edges_module.sort_edges(torch.randn(positives, device=DEVICE), 0.5)
+    _, first, last, scale = edges.limits[0].double().tolist()
+    assert (last - first) * scale * (1 + 2.0**-21) < edges.cells * positives - 1
+
+
 def test_edges_of_padding_stand_in_front() -> None:
     scores = torch.randn(9, device=DEVICE)
     padded = torch.cat(

@@ -79,7 +79,9 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
             seen.add((name, variant))
             code = sass.compile_launch(launch, target)
             figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
-            if target.startswith("sm") and name in ("_count_kernel", "_gradient_kernel"):
+            if name in ("_count_kernel", "_gradient_kernel"):
+                figure["scattered"] = sass.scattered(code)
+            if target.startswith("sm") and "scattered" in figure:
                 side = name.strip("_").removesuffix("_kernel")
                 figure["per_logit"] = a_logit(code, side, launch.arguments)
             figures[f"{name} {case} {len(seen)}"] = figure
@@ -119,11 +121,22 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
     assert {name: x["spills"] for name, x in figures.items() if x["spills"]} == {}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_threads_read_and_add_side_by_side(target: str, compiled: dict) -> None:
+    """Or the lanes of a tile would share copies of a word, and wait for each other."""
+    figures = compiled[target]["figures"].items()
+    found = {name: x["scattered"] for name, x in figures if "scattered" in x}
+    assert len(found) >= 2 * len(CASES) - 2  # some cases share a kernel
+    assert not any(found.values()), found
+
+
 @pytest.mark.parametrize(
     ("kernel", "case", "most"),
     [
         ("_count_kernel", "float32", 70),
+        ("_count_kernel", "marked", 70),
         ("_count_kernel", "bfloat16", 40),
+        ("_count_kernel", "marked bfloat16", 40),
         ("_count_kernel", "float16", 40),
         ("_gradient_kernel", "float32", 45),
         ("_gradient_kernel", "bfloat16", 8),
@@ -134,7 +147,9 @@ def test_instructions_a_logit(kernel: str, case: str, most: int, compiled: dict)
     """On sm_90: of the longest way that a full tile can take."""
     figures = compiled["sm_90"]["figures"]
     (found,) = (
-        x["per_logit"] for name, x in figures.items() if name.startswith(f"{kernel} {case} ")
+        x["per_logit"]
+        for name, x in figures.items()
+        if name.rsplit(" ", 1)[0] == f"{kernel} {case}"
     )
     assert found <= most
 

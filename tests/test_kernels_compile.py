@@ -86,8 +86,9 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
             if name not in PAIR_KERNELS and case not in ("float32", "float64"):
                 continue  # they see little of the logits
             code, given = sass.compile_launch(launch, target), launch.arguments
-            figure = {"registers": code.registers, "spills": code.spills}
+            figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
             if name in PAIR_KERNELS:
+                figure["scattered"] = sass.scattered(code)
                 many = given["BLOCK" if name == "_count_kernel" else "FOLD"]
                 pairs = many * given["ROWS"]  # of a thread
                 loops = [
@@ -167,6 +168,14 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
         "_own_kernel",
     }
     assert {name: x["spills"] for name, x in figures.items() if x["spills"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_threads_read_and_write_side_by_side(target: str, compiled: dict) -> None:
+    figures = compiled[target]["figures"].items()
+    found = {name: x["scattered"] for name, x in figures if "scattered" in x}
+    assert len(found) == 2 * len(CASES)
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize("case", ["float32", "bfloat16", "float16", "wide"])

@@ -77,7 +77,7 @@ def test_irrelevant_tiles_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """H is never evaluated in a tile that lies below min_P(s) - delta as a whole."""
     evaluated = []
 
-    def counted(*args, step=kernels._step):
+    def counted(*args, step=kernels.step):
         evaluated.append(args[0].shape)
         return step(*args)
 
@@ -85,7 +85,7 @@ def test_irrelevant_tiles_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     logits[:4], targets[:4] = 1.0, 0  # the positives, in the first tile of 8
     logits[20], logits[40] = 0.5, -0.5  # one logit within reach, one just out of it
     case = budgets.find([logits], [targets], 1.0)
-    monkeypatch.setattr(kernels, "_step", counted)
+    monkeypatch.setattr(kernels, "step", counted)
     kernels.count(*case.count_input, SMALL)
     in_tiles = [shape for shape in evaluated if len(shape) == 3]
     assert len(in_tiles) == 1

@@ -156,7 +156,8 @@ def _merge_kernel(
     tl.store(at, lowest, mask=any_finite)
     tl.store(at + 1, first, mask=any_finite)
     tl.store(at + 2, last, mask=any_finite)
-    tl.store(at + 3, (number - 1) / width, mask=any_finite)
+    # Not even a division that is off by two units may lead behind the last cell.
+    tl.store(at + 3, (number - 1) * (1 - 2.0**-20) / width, mask=any_finite)
 
     # 4. What concerns all lines.
     nan = mask & (s != s)
@@ -225,12 +226,14 @@ def _table_kernel(
         key = tl.load(keys + first + place, mask=place < number, other=float("nan"))
         before = (key < limits[1]) | ((key <= limits[2]) & (_cell_bits(key, limits) - zero <= cell))
         end = tl.where(before, place + 1, end)
-    # The cell behind all others is that of a line without positives, which asks for some edge.
+    # The cell behind all others is that of a line without positives, which asks for some edge. So
+    # does a line with a NaN; elsewhere no score is below the first edge.
     nobody = at == cells * positives
-    tl.store(table + at, tl.where(nobody, 1, first + start), mask=at <= cells * positives)
+    found = tl.where(nobody, 1, tl.maximum(first + start, 1))
+    tl.store(table + at, found, mask=at <= cells * positives)
     most = tl.max(tl.where(at < cells * positives, end - start, 0), 0)
     needed = tl.zeros((), tl.int32)
-    for power in tl.static_range(18):
+    for power in tl.static_range(31):
         needed += (most >= (1 << power)).to(tl.int32)
     tl.atomic_max(known + HALVINGS, needed, sem="relaxed")
 

@@ -119,12 +119,16 @@ def _add(words, found, copy, scores, mask, SIGN: tl.constexpr, keys, packing):
 
 
 @triton.jit
-def _add_together(words, found, copy, scores, mask, keys, packing):
-    """Adds a tile of scores that all lie in one interval, lane by lane."""
+def _add_together(
+    words, found, tile, scores, mask, keys, packing, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """Adds a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
     copies, shift, scale, most, _ = packing
     distance = _distance(scores, found, keys, scale, most)
-    distance = tl.sum(tl.where(mask, distance, 0), 0).to(tl.int64)
-    number = tl.sum(mask.to(tl.int32), 0).to(tl.int64)
+    distance = tl.reshape(tl.where(mask, distance, 0), (ROWS, LANES))
+    distance = tl.sum(distance, 0).to(tl.int64)
+    number = tl.sum(tl.reshape(mask.to(tl.int32), (ROWS, LANES)), 0).to(tl.int64)
+    copy = (tl.arange(0, LANES) + tile * LANES) & (copies - 1)
     at = (words - copies) + (found * copies + copy)
     tl.atomic_add(at, (number << shift) + distance, sem="relaxed")
 
@@ -134,9 +138,15 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
     """Of a tile whose places behind the end read as NaN; with targets, among the negatives."""
     nan = s != s
     if targets is not None:
-        nan = nan & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
+        nan = nan & (read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)[0] == 0)
         behind = 0
-    return tl.sum(tl.sum(nan.to(tl.int32), 0), 0) - behind
+    return tl.sum(nan.to(tl.int32), 0) - behind
+
+
+@triton.jit
+def _lane(ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The lane of each place of a tile."""
+    return tl.arange(0, ROWS * LANES) & (LANES - 1)
 
 
 @triton.jit
@@ -162,23 +172,25 @@ def _count_tile(
     if (highest >= lowest) | (highest != highest):
         negative = s >= lowest
         if targets is not None:
-            negative = negative & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
+            of_tile, _ = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)
+            negative = negative & (of_tile == 0)
         inner = tl.minimum(tl.maximum(s, first), last)
-        copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)
 
         # 2. The intervals of the lowest and of the highest tell whether all lie in one.
-        ends = tl.where(tl.arange(0, 2) == 0, tl.min(tl.min(s, 0), 0), highest)
+        ends = tl.where(tl.arange(0, 2) == 0, tl.min(s, 0), highest)
         relevant = tl.min((ends >= lowest).to(tl.int32), 0) > 0
         ends = tl.minimum(tl.maximum(ends, first), last)
         ends = find(ends, line, limits, look_up)
         if relevant & (tl.min(ends, 0) == tl.max(ends, 0)) & (s.dtype != tl.float64):
-            _add_together(words, tl.max(ends, 0), copy, inner, negative, keys, packing)
+            only = tl.max(ends, 0)
+            _add_together(words, only, tile, inner, negative, keys, packing, ROWS, LANES)
         elif patterns is not None:
-            at = patterns + (pattern_of(raw) * LANES + tl.arange(0, LANES)[None, :])
+            at = patterns + (pattern_of(raw) * LANES + _lane(ROWS, LANES))
             tl.atomic_add(at, tl.full(s.shape, 1, tl.int32), mask=negative, sem="relaxed")
         else:
             found = find(inner, line, limits, look_up)
-            _add(words, found, copy[None, :], inner, negative, 1, keys, packing)
+            copy = (_lane(ROWS, LANES) + tile * LANES) & (packing[0] - 1)
+            _add(words, found, copy, inner, negative, 1, keys, packing)
 
 
 @triton.jit
@@ -198,12 +210,13 @@ def _count_across_lines(
     """Adds the negatives of a tile, each on a line of its own."""
     negative = s >= limits[0]
     if targets is not None:
-        negative = negative & (read_tile(targets, tile, size, 1.0, False, ROWS, LANES)[0] == 0)
-    if tl.max(tl.max(negative.to(tl.int32), 0), 0) > 0:
+        of_tile, _ = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)
+        negative = negative & (of_tile == 0)
+    if tl.max(negative.to(tl.int32), 0) > 0:
         inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-        copy = (tl.arange(0, LANES) + tile * LANES) & (packing[0] - 1)
         found = find(inner, line, limits, look_up)
-        _add(words, found, copy[None, :], inner, negative, 1, look_up[0], packing)
+        copy = (_lane(ROWS, LANES) + tile * LANES) & (packing[0] - 1)
+        _add(words, found, copy, inner, negative, 1, look_up[0], packing)
 
 
 @jit
@@ -244,10 +257,11 @@ def _count_kernel(
     only = read_limits(limits, 0)
     tiles = tl.cdiv(size, ROWS * LANES).to(tl.int32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        # What is behind the end is NaN, which is not relevant to anything.
-        raw, behind = read_tile(logits, tile, size, float("nan"), False, ROWS, LANES)
+        # What is behind the end is NaN, which is not relevant to anything. As a vector: of a matrix
+        # Triton 3.6 gives a warp sixteen rows of two lanes, whose threads wait for each other.
+        raw, behind = read_tile(logits, tile, size, float("nan"), False, 0, ROWS * LANES)
         s = raw.to(dtype)
-        highest = tl.reduce(tl.reduce(s, 0, nan_maximum), 0, nan_maximum)
+        highest = tl.reduce(s, 0, nan_maximum)
 
         # 1. A NaN has no interval; one that is not ignored leaves no number standing.
         if highest != highest:
@@ -263,7 +277,7 @@ def _count_kernel(
             )  # fmt: skip
         else:
             grouping = (lines, (lines_0, lines_1, lines_2), sizes)
-            alone, line, origin = line_of_tile(grouping, tile, size, ROWS, LANES)
+            alone, line, origin = line_of_tile(grouping, tile, size, 0, ROWS * LANES)
             if alone:
                 of_line = read_limits(limits, line)
                 _count_tile(
@@ -271,7 +285,7 @@ def _count_kernel(
                     ROWS, LANES,
                 )  # fmt: skip
             else:
-                each = read_lines(grouping, origin, behind, ROWS, LANES)
+                each = read_lines(grouping, origin, behind, 0, ROWS * LANES)
                 of_each = read_limits(limits, each)
                 _count_across_lines(
                     tile, s, each, of_each, targets, words, size, look_up, packing, ROWS, LANES

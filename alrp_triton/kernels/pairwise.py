@@ -152,7 +152,8 @@ def _count_tiles(
     own_line = s
     if own_lines is not None:
         own_line = tl.load(own_lines + first + p)
-    lane = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    # Read as a vector: a matrix from computed places Triton 3.6 reads in pieces of a few lanes.
+    lane = tl.arange(0, ROWS * LANES)
     nfp = tl.zeros((NUMBER,), tl.float64)
     seen = tl.full((LANES,), float("-inf"), s.dtype)
     for chunk in range(0, tiles, FOLD):
@@ -164,6 +165,7 @@ def _count_tiles(
                 level, tl.minimum(local, end - 1), s.dtype, CLASS_AXIS, WIDE
             )
             v = tl.where(negative & (local < end), v, float("-inf"))
+            v = tl.reshape(v, (ROWS, LANES))
 
             # 2. A NaN stays in `seen`, since the clamp of H would lose it.
             highest = tl.reduce(v, 0, nan_maximum)
@@ -174,6 +176,7 @@ def _count_tiles(
                 h = step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
                 if own_lines is not None:
                     line = read_groups(lines[0], lines[1], level[4], places, WIDE)
+                    line = tl.reshape(line, (ROWS, LANES))
                     h = tl.where(line[:, None, :] == own_line[None, :, None], h, 0.0)
                 short += tl.sum(h, 0)
         nfp += tl.sum(short, 1).to(tl.float64)
@@ -363,7 +366,7 @@ def _add_block(
     HARD: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """total (ROWS, LANES) + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
+    """total, like v, + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
     table, own_lines, start, padded = block
     shift = table + start
     for first in range(0, number, FOLD):
@@ -426,13 +429,13 @@ def _gradient_kernel(
     sizes = (middle, inner, middle_magic, inner_magic)
     level = (logits, targets, strides, sizes, origin, ignore_index)
     end = tl.minimum(size - start, ROWS * LANES).to(tl.int32)
-    local = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    local = tl.arange(0, ROWS * LANES)  # a vector, as in `_count_tiles`
     inside = local < end
     v, negative, places = read_logits(level, tl.minimum(local, end - 1), dtype, CLASS_AXIS, WIDE)
     behind = tl.load(last)
     total = tl.where(negative & (v != v) & (behind > 0), float("nan"), 0.0).to(tl.float64)
     v = tl.where(negative & inside & (v == v), v, float("-inf"))
-    highest = tl.max(tl.max(v, 0), 0)
+    highest = tl.max(v, 0)
     line = local
     if lines is not None:
         line = read_groups(lines, (lines_0, lines_1, lines_2), origin, places, WIDE)
