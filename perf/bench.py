@@ -257,7 +257,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--cells", choices=tuple(CELLS), help="default: those of the device")
     parser.add_argument("--rounds", type=int, help="runs of each (default: 7, or 20 on a GPU)")
     parser.add_argument(
-        "--minutes", type=float, help="no cell begins later (default: 2.5, or 9 on a GPU)"
+        "--minutes", type=float, help="no cell begins later (default: 3.5, or 9 on a GPU)"
     )
     parser.add_argument("--coco", type=Path, help="COCO annotations, for the call on real boxes")
     parser.add_argument("--peers", type=Path, help="checkout of the authors' code, to be timed too")
