@@ -32,7 +32,7 @@ from .workloads import CELLS, Cell, Inputs, draw
 # A slow variant gets as many rounds as fit into these seconds, and no fewer than this.
 _SECONDS, _FEWEST = 2.0, 3
 # By the type of device, where the command line does not say: runs of each, and minutes.
-_ROUNDS, _MINUTES = {"cpu": 7, "cuda": 20}, {"cpu": 2.5, "cuda": 9.0}
+_ROUNDS, _MINUTES = {"cpu": 7, "cuda": 20}, {"cpu": 3.5, "cuda": 9.0}
 
 Drop = Callable[[str, str, Iterable[Cell]], None]
 Calls = dict[str, Callable[[], object]]  # by the variant's name
