@@ -138,7 +138,7 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
     """Of a tile whose places behind the end read as NaN; with targets, among the negatives."""
     nan = s != s
     if targets is not None:
-        nan = nan & (read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)[0] == 0)
+        nan = nan & (read_tile(targets, tile, size, 1.0, False, ROWS * LANES)[0] == 0)
         behind = 0
     return tl.sum(nan.to(tl.int32), 0) - behind
 
@@ -172,7 +172,7 @@ def _count_tile(
     if (highest >= lowest) | (highest != highest):
         negative = s >= lowest
         if targets is not None:
-            of_tile, _ = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)
+            of_tile, _ = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)
             negative = negative & (of_tile == 0)
         inner = tl.minimum(tl.maximum(s, first), last)
 
@@ -210,7 +210,7 @@ def _count_across_lines(
     """Adds the negatives of a tile, each on a line of its own."""
     negative = s >= limits[0]
     if targets is not None:
-        of_tile, _ = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)
+        of_tile, _ = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)
         negative = negative & (of_tile == 0)
     if tl.max(negative.to(tl.int32), 0) > 0:
         inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
@@ -257,9 +257,8 @@ def _count_kernel(
     only = read_limits(limits, 0)
     tiles = tl.cdiv(size, ROWS * LANES).to(tl.int32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        # What is behind the end is NaN, which is not relevant to anything. As a vector: of a matrix
-        # Triton 3.6 gives a warp sixteen rows of two lanes, whose threads wait for each other.
-        raw, behind = read_tile(logits, tile, size, float("nan"), False, 0, ROWS * LANES)
+        # What is behind the end is NaN, which is not relevant to anything.
+        raw, behind = read_tile(logits, tile, size, float("nan"), False, ROWS * LANES)
         s = raw.to(dtype)
         highest = tl.reduce(s, 0, nan_maximum)
 
@@ -277,7 +276,7 @@ def _count_kernel(
             )  # fmt: skip
         else:
             grouping = (lines, (lines_0, lines_1, lines_2), sizes)
-            alone, line, origin = line_of_tile(grouping, tile, size, 0, ROWS * LANES)
+            alone, line, origin = line_of_tile(grouping, tile, size, ROWS * LANES)
             if alone:
                 of_line = read_limits(limits, line)
                 _count_tile(
@@ -285,7 +284,7 @@ def _count_kernel(
                     ROWS, LANES,
                 )  # fmt: skip
             else:
-                each = read_lines(grouping, origin, behind, 0, ROWS * LANES)
+                each = read_lines(grouping, origin, behind, ROWS * LANES)
                 of_each = read_limits(limits, each)
                 _count_across_lines(
                     tile, s, each, of_each, targets, words, size, look_up, packing, ROWS, LANES

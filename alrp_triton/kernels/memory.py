@@ -22,70 +22,49 @@ _WARPS = 4  # of a program that walks over anchors
 
 
 @triton.jit
-def _places(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The places of a tile: a matrix, or a vector of LANES if ROWS is 0."""
-    if ROWS == 0:
-        return tl.arange(0, LANES)
-    else:
-        return tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-
-
-@triton.jit
-def _number(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """How many they are."""
-    return LANES if ROWS == 0 else ROWS * LANES
-
-
-@triton.jit
-def read_tile(
-    values, tile, size, other, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
-):
+def read_tile(values, tile, size, other, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
     """A tile of values as they lie in memory, and how many of them are behind the end: `other`.
 
+    It is a vector: as a matrix, Triton 3.6 deals it out so that neighbouring threads stand apart.
     ALIGNED: the values begin at a multiple of 16 bytes, and may be read so many at a time.
     """
-    number: tl.constexpr = _number(ROWS, LANES)
-    start = tl.cast(tile, tl.int64) * number
+    start = tl.cast(tile, tl.int64) * NUMBER
     values += start
     if ALIGNED:
         values = tl.multiple_of(values, 16)
-    local = _places(ROWS, LANES)
-    behind = tl.maximum(start + number - size, 0).to(tl.int32)
+    local = tl.arange(0, NUMBER)
+    behind = tl.maximum(start + NUMBER - size, 0).to(tl.int32)
     if behind == 0:
         read = tl.load(values + local)
     else:
-        read = tl.load(values + local, mask=local < number - behind, other=other)
+        read = tl.load(values + local, mask=local < NUMBER - behind, other=other)
     return read, behind
 
 
 @triton.jit
-def write_tile(
-    values, tile, behind, written, ALIGNED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
-):
+def write_tile(values, tile, behind, written, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
     """Writes a tile where `read_tile` has read one."""
-    number: tl.constexpr = _number(ROWS, LANES)
-    values += tl.cast(tile, tl.int64) * number
+    values += tl.cast(tile, tl.int64) * NUMBER
     if ALIGNED:
         values = tl.multiple_of(values, 16)
-    local = _places(ROWS, LANES)
+    local = tl.arange(0, NUMBER)
     if behind == 0:
         tl.store(values + local, written)
     else:
-        tl.store(values + local, written, mask=local < number - behind)
+        tl.store(values + local, written, mask=local < NUMBER - behind)
 
 
 @triton.jit
-def line_of_tile(lines, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
+def line_of_tile(lines, tile, size, NUMBER: tl.constexpr):
     """Whether a tile lies on one line as a whole; the line of its first logit, and where that is.
 
     It does wherever the line cannot change between its first logit and its last: along an axis of
     stride 0, as everywhere in an image, or where both have the same place.
     """
     values, strides, sizes = lines
-    number: tl.constexpr = _number(ROWS, LANES)
-    start = tl.cast(tile, tl.int64) * number
+    start = tl.cast(tile, tl.int64) * NUMBER
     outer, middle, inner = origin_of(start, sizes[0], sizes[1])
-    rest = tl.minimum(start + number, size) - 1 - outer * sizes[0] * sizes[1]
+    rest = tl.minimum(start + NUMBER, size) - 1 - outer * sizes[0] * sizes[1]
     same_outer = rest < tl.cast(sizes[0], tl.int64) * sizes[1]
     same_middle = rest < (tl.cast(middle, tl.int64) + 1) * sizes[1]
     alone = (same_outer | (strides[0] == 0)) & (same_middle | (strides[1] == 0)) & (strides[2] == 0)
@@ -94,11 +73,11 @@ def line_of_tile(lines, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def read_lines(lines, origin, behind, ROWS: tl.constexpr, LANES: tl.constexpr):
+def read_lines(lines, origin, behind, NUMBER: tl.constexpr):
     """The line of each logit of a tile; behind the end, that of the last one."""
     values, strides, sizes = lines
     middle, inner, middle_magic, inner_magic = sizes
-    local = tl.minimum(_places(ROWS, LANES), _number(ROWS, LANES) - 1 - behind)
+    local = tl.minimum(tl.arange(0, NUMBER), NUMBER - 1 - behind)
     row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
     o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
     o, m, i = origin[0] + o.to(tl.int64), m.to(tl.int64), i.to(tl.int64)

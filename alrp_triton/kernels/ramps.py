@@ -186,8 +186,7 @@ def _gradient_kernel(
     """One tile of a level: dL/ds_j = sum_i weights(i) H(x_ij) (Eq. 5), as if all were negatives."""
     dtype: tl.constexpr = keys.dtype.element_ty
     tile = tl.program_id(0)
-    # As a vector: in a matrix, Triton 3.6 moves what is looked up into another order and back.
-    raw, behind = read_tile(logits, tile, size, 0.0, ALIGNED, 0, ROWS * LANES)
+    raw, behind = read_tile(logits, tile, size, 0.0, ALIGNED, ROWS * LANES)
     if patterns is not None:
         g = tl.load(patterns + pattern_of(raw))
     else:
@@ -199,19 +198,19 @@ def _gradient_kernel(
         else:
             sizes = (middle, inner, middle_magic, inner_magic)
             grouping = (lines, (lines_0, lines_1, lines_2), sizes)
-            alone, line, origin = line_of_tile(grouping, tile, size, 0, ROWS * LANES)
+            alone, line, origin = line_of_tile(grouping, tile, size, ROWS * LANES)
             if alone:
                 of_line = read_limits(limits, line)
                 g = _gradient_of_tile(s, highest, line, of_line, look_up, ramps, edges)
             else:
-                each = read_lines(grouping, origin, behind, 0, ROWS * LANES)
+                each = read_lines(grouping, origin, behind, ROWS * LANES)
                 g = _evaluate(s, each, read_limits(limits, each), look_up, ramps, edges)
         if highest != highest:
             g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
     if targets is not None:
-        negative = read_tile(targets, tile, size, 1.0, False, 0, ROWS * LANES)[0] == 0
+        negative = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)[0] == 0
         g = tl.where(negative, g, 0.0)
-    write_tile(out, tile, behind, g.to(out.dtype.element_ty), ALIGNED, 0, ROWS * LANES)
+    write_tile(out, tile, behind, g.to(out.dtype.element_ty), ALIGNED, ROWS * LANES)
 
 
 @jit
