@@ -28,7 +28,6 @@ of the returned number.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -338,12 +337,20 @@ def error_driven_loss(
         impl=impl,
         algorithm=algorithm,
         per_positive=("values", values),
+        skew=_check_skew(skew, algorithm),
     )
-    ranking = dataclasses.replace(ranking, skew=_check_skew(skew, algorithm))
     counts = rank_positives(ranking, values)
     with torch.no_grad():
-        # A copy of what the update is made of: errors_fn may write into what it is given.
-        returned = errors_fn(dataclasses.replace(counts, nfp=counts.nfp.clone()))
+        # A copy of what the update is made of: errors_fn may write into what it is given. Not by
+        # dataclasses.replace, which torch 2.6 does not compile.
+        given = Counts(
+            counts.nfp.clone(),
+            counts.rank_positive,
+            counts.values,
+            counts.value_sum,
+            counts.num_positives,
+        )
+        returned = errors_fn(given)
         errors = _check_errors(returned, counts.nfp)
     return attach(mean_error(errors, ranking), counts, errors, ranking)
 

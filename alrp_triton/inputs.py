@@ -32,6 +32,7 @@ def prepare_ranking(
     impl: str,
     algorithm: str,
     per_positive: tuple[str, Tensor | None],
+    skew: float = 0.0,
 ) -> Ranking:
     """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
     if isinstance(delta, bool) or not isinstance(delta, (int, float)):
@@ -80,6 +81,7 @@ def prepare_ranking(
         ignore_index,
         impl,
         algorithm,
+        skew,
     )
 
 
