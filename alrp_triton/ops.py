@@ -11,6 +11,7 @@ skewed error distribution; `box_errors` and `box_gradient` are the Triton path o
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -36,6 +37,20 @@ def _installed(package: str) -> bool:
 
 
 _HAS_TRITON = _installed("triton")  # found, not imported: the torch path does without it
+_OLDEST_TRITON = 3, 6  # that the kernels are compiled with in the tests
+
+
+def _is_too_old(package: str) -> bool:
+    """Whether the installed Triton is older than that; not if nobody knows its version."""
+    try:
+        major, minor = importlib.metadata.version(package).split(".")[:2]
+        return (int(major), int(minor)) < _OLDEST_TRITON
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+
+
+# The one that torch 2.6 brings is 3.2.
+_CHOOSES_TRITON = _HAS_TRITON and not _is_too_old("triton")
 
 
 def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
@@ -43,7 +58,7 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
 
     Args:
         impl: "torch" (any device), "triton" (CUDA or ROCm tensors), or "auto" to choose by the
-            tensor's device.
+            tensor's device (with a Triton older than 3.6 always "torch").
         algorithm: "pairwise" (every positive with every negative), "breakpoints" (sorted
             breakpoints), or "auto" to choose by the number of positives and logits.
 
@@ -77,7 +92,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
     """
     impl = of_program("impl", impl)
     if impl == "auto":
-        return "triton" if _HAS_TRITON and device.type == "cuda" else "torch"
+        return "triton" if _CHOOSES_TRITON and device.type == "cuda" else "torch"
     return impl
 
 

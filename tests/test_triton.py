@@ -53,6 +53,30 @@ def test_loss_and_gradients_are_the_reference(dtype, delta, algorithm):
     assert (error <= unit * expected[2].abs() + BUDGET * expected[2].abs().max()).all()
 
 
+@pytest.mark.parametrize(
+    ("version", "chosen"),
+    [
+        ("3.2.0", "torch"),
+        ("3.6.0", "triton"),
+        ("3.10.1+git", "triton"),
+        ("4.0.0", "triton"),
+        ("?", "triton"),
+    ],
+)
+def test_auto_leaves_an_old_triton_alone(version, chosen, monkeypatch):
+    """It has never been compiled with; who asks for it by name may try."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
+    monkeypatch.setattr(ops, "_CHOOSES_TRITON", not ops._is_too_old("triton"))
+    gpu = torch.device("cuda")
+    assert ops.choose_impl("auto", gpu) == chosen
+    assert ops.choose_impl("triton", gpu) == "triton"
+
+
+def test_a_triton_of_unknown_version_is_new_enough():
+    """Builds of it go by other names."""
+    assert not ops._is_too_old("no-such-package")
+
+
 def test_levels_and_padded_positives():
     logits, targets, loc_errors = batch()
     expected = run(logits, targets, loc_errors, impl="triton")
