@@ -146,20 +146,26 @@ def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
 
 def synchronisations(context: Context) -> Iterator[Task]:
     """Forward and backward without the host waiting once."""
+    yield from _in_each_way(context, _unwaiting)
+    draw = partial(parity_checks.draw_case, context.sizes.full, "mid", torch.float32)
+    for algorithm in context.algorithms:
+        task = partial(_unwaiting_ap, context, draw, algorithm)
+        yield Task(f"{algorithm}, AP given positives", task)
+    yield Task("the module with boxes", partial(_unwaiting_module, context, draw))
+
+
+def _in_each_way(context: Context, run: Callable[..., dict[str, Any]]) -> Iterator[Task]:
+    """A task for each way to call aLRP: run(context, draw, algorithm, padding)."""
     draw = partial(parity_checks.draw_case, context.sizes.full, "mid", torch.float32)
     images = partial(parity_checks.draw_in_images, context.sizes.full, "mid", torch.float32)
+    ways = {
+        "given loc_errors": (draw, None),
+        "given padded positives": (draw, 24),
+        "within images": (images, None),
+    }
     for algorithm in context.algorithms:
-        for name, padding in (("loc_errors", None), ("padded positives", 24)):
-            yield Task(
-                f"{algorithm}, given {name}", partial(_unwaiting, context, draw, algorithm, padding)
-            )
-        yield Task(
-            f"{algorithm}, within images", partial(_unwaiting, context, images, algorithm, None)
-        )
-        yield Task(
-            f"{algorithm}, AP given positives", partial(_unwaiting_ap, context, draw, algorithm)
-        )
-    yield Task("the module with boxes", partial(_unwaiting_module, context, draw))
+        for name, (drawn, padding) in ways.items():
+            yield Task(f"{algorithm}, {name}", partial(run, context, drawn, algorithm, padding))
 
 
 def _forbid(context: Context, step: Callable[[], None]) -> dict[str, Any]:
@@ -200,15 +206,7 @@ def _unwaiting_module(context: Context, draw: Callable[..., Case]) -> dict[str, 
 
 def graph(context: Context) -> Iterator[Task]:
     """Forward and backward in a CUDA graph: with changed logits, the bits of the eager call."""
-    draw = partial(parity_checks.draw_case, context.sizes.full, "mid", torch.float32)
-    images = partial(parity_checks.draw_in_images, context.sizes.full, "mid", torch.float32)
-    for algorithm in context.algorithms:
-        for name, padding in (("loc_errors", None), ("padded positives", 24)):
-            yield Task(
-                f"{algorithm}, given {name}", partial(_replay, context, draw, algorithm, padding)
-            )
-        task = partial(_replay, context, images, algorithm, None)
-        yield Task(f"{algorithm}, within images", task)
+    return _in_each_way(context, _replay)
 
 
 def _replay(

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 
 from alrp_triton import alrp_loss
 
-from . import parity_checks, timing
+from . import launches, parity_checks, timing
 from .budgets import Case, gradient_of
 from .parity_checks import Size
 
@@ -99,16 +99,7 @@ class Context:
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """What replays `step` from a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
+        return launches.capture(step)
 
     @cached_property
     def bandwidth(self) -> float:

@@ -1,4 +1,4 @@
-"""What the tests and perf.gpu ask of launches: equal results, another grid, compiled variants."""
+"""What the tests and perf.gpu ask of launches: equal results, another grid, graphs, variants."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ class OnGrid:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.kernel[(self.programs,)]
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """What replays `step` from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def compiled_variants() -> int:

@@ -19,6 +19,22 @@ def _step(x: Tensor, delta: float) -> Tensor:
     return (x / (2 * delta) + 0.5).clamp(0, 1) if delta > 0 else (x >= 0).to(x.dtype)
 
 
+def _filter(logits: Tensor, marks: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the positives stand, and their scores; likewise the negatives that matter to any."""
+    is_positive = marks == 1
+    scores = logits[is_positive]
+    relevant = (marks == 0) & (logits >= scores.min() - delta)
+    return is_positive, scores, relevant, logits[relevant]
+
+
+def _gradient(logits: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """By all logits: each part is where it stands and what stands there."""
+    gradient = torch.zeros_like(logits)
+    for where, part in parts:
+        gradient[where] = part
+    return gradient
+
+
 class GradientFromForward(torch.autograd.Function):
     """Backward of a loss of (logits, marks, loc_errors, delta) that kept its gradient."""
 
@@ -39,10 +55,7 @@ class PublishedLoop(GradientFromForward):
     def forward(
         ctx: Any, logits: Tensor, marks: Tensor, loc_errors: Tensor, delta: float
     ) -> Tensor:
-        is_positive = marks == 1
-        scores = logits[is_positive]
-        relevant = (marks == 0) & (logits >= scores.min() - delta)
-        negatives = logits[relevant]
+        is_positive, scores, relevant, negatives = _filter(logits, marks, delta)
         own, passed = torch.zeros_like(scores), torch.zeros_like(negatives)
         precision_error = torch.zeros_like(scores)
         for i in range(scores.numel()):
@@ -55,10 +68,8 @@ class PublishedLoop(GradientFromForward):
             if nfp > 0:
                 own[i] = -(nfp + (above * loc_errors).sum()) / rank
                 passed += false * (-own[i] / nfp)
-        gradient = torch.zeros_like(logits)
-        gradient[is_positive] = own / scores.numel()
-        gradient[relevant] = passed / scores.numel()
-        ctx.save_for_backward(gradient)
+        parts = (is_positive, own / scores.numel()), (relevant, passed / scores.numel())
+        ctx.save_for_backward(_gradient(logits, *parts))
         return precision_error.mean()
 
 
@@ -95,10 +106,8 @@ class SortAndBucket(GradientFromForward):
         of_positives, of_negatives = torch.zeros_like(scores), torch.zeros_like(negatives)
         of_positives[by_score] = own
         of_negatives[order] = passed.repeat_interleave(size)
-        gradient = torch.zeros_like(logits)
-        gradient[is_positive] = of_positives
-        gradient[is_negative] = of_negatives
-        ctx.save_for_backward(gradient)
+        parts = (is_positive, of_positives), (is_negative, of_negatives)
+        ctx.save_for_backward(_gradient(logits, *parts))
         return loss
 
 
@@ -109,19 +118,13 @@ class FilteredSortAndBucket(GradientFromForward):
     def forward(
         ctx: Any, logits: Tensor, marks: Tensor, loc_errors: Tensor, delta: float
     ) -> Tensor:
-        is_positive = marks == 1
-        scores = logits[is_positive]
-        relevant = (marks == 0) & (logits >= scores.min() - delta)
-        negatives = logits[relevant]
+        is_positive, scores, relevant, negatives = _filter(logits, marks, delta)
         order, bucket, size, mean = _buckets(negatives, scores)
 
         loss, own, passed = _relate(scores, loc_errors, mean, size, delta)
         of_negatives = torch.empty_like(negatives)
         of_negatives[order] = passed[bucket]
-        gradient = torch.zeros_like(logits)
-        gradient[is_positive] = own
-        gradient[relevant] = of_negatives
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(_gradient(logits, (is_positive, own), (relevant, of_negatives)))
         return loss
 
 

@@ -17,7 +17,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 import alrp_triton
 from alrp_triton.boxes import KINDS, NOTHING, box_overlap, localisation_errors
@@ -529,11 +529,11 @@ def test_operators_are_registered_right(backend, dtypes):
     )
     pred = torch.cat([pred, pred], 1)[:, 2:6]
     ops = torch.ops.alrp_triton
-    torch.library.opcheck(ops.box_errors.default, (pred, target, "giou", 0.5))
+    library.opcheck(ops.box_errors.default, (pred, target, "giou", 0.5))
     upstream = torch.ones(
         5, device=backend.device, dtype=ops.box_errors(pred, target, "iou", 0).dtype
     )
-    torch.library.opcheck(ops.box_gradient.default, (upstream, pred, target, "ciou", 0.5))
+    library.opcheck(ops.box_gradient.default, (upstream, pred, target, "ciou", 0.5))
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""torch.compile, torch.library, and importing where there is no triton."""
+"""torch.compile, the registered operators, and importing where there is no triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from examples import IGNORE, detector_batch, relative_error, to_levels
-from torch.library import opcheck
+from torch import library
 
 from alrp_triton import (
     ALRPLoss,
@@ -45,11 +45,11 @@ def test_operators(delta, algorithm):
     logits, targets = detector_batch("spread", 60, 4, 9)
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = torch.rand(9, dtype=torch.float64)
-    opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE, "auto"))
-    opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE, "auto"))
+    library.opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE, "auto"))
+    library.opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE, "auto"))
     settings = (delta, IGNORE, "auto", algorithm)
-    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
-    opcheck(
+    library.opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
+    library.opcheck(
         ops.gradient.default,
         (levels, level_targets, index, scores, values, values, *settings, [], None),
     )
@@ -63,17 +63,17 @@ def test_operators_of_the_family(grouped):
     groups = [torch.arange(60).reshape(60, 1) % 2] if grouped else []
     own_groups = index % 2 if grouped else None
     of_levels = ("auto", groups, own_groups)
-    opcheck(
+    library.opcheck(
         ops.count.default,
         (levels, level_targets, scores, values, 1.0, IGNORE, "auto", *of_levels),
     )
-    opcheck(ops.sorting_count.default, (scores, values, values, 1.0, "auto", own_groups))
-    opcheck(ops.sorting_gradient.default, (scores, values, values, 1.0, "auto", own_groups))
-    opcheck(
+    library.opcheck(ops.sorting_count.default, (scores, values, values, 1.0, "auto", own_groups))
+    library.opcheck(ops.sorting_gradient.default, (scores, values, values, 1.0, "auto", own_groups))
+    library.opcheck(
         ops.skewed_mass.default,
         (levels, level_targets, scores, values, 1.0, IGNORE, *of_levels),
     )
-    opcheck(
+    library.opcheck(
         ops.skewed_gradient.default,
         (levels, level_targets, index, scores, values, values, values, 1.0, IGNORE, *of_levels),
     )
@@ -103,7 +103,7 @@ def test_fake_results_have_the_strides_of_real_ones():
     arguments = ([maps], [targets])
     index, scores = ops.locate(*arguments, None, 60, True, IGNORE, "auto")
     weights = torch.ones(60, dtype=torch.float64)
-    opcheck(
+    library.opcheck(
         ops.gradient.default,
         (*arguments, index, scores, weights, weights, 1.0, IGNORE, "auto", "auto", [], None),
     )

@@ -18,8 +18,7 @@ from alrp_triton.reference import pairwise, sorting
 from alrp_triton.reference.layout import LARGEST
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import ops, rank_sort_loss
@@ -292,8 +291,10 @@ def test_operators() -> None:
     vectors = call.scores, call.quality.nan_to_num(0)
     for groups in (None, torch.zeros(23, dtype=torch.int64, device=DEVICE)):
         settings = 0.5, "triton", groups
-        opcheck(ops.sorting_count.default, (*vectors, call.values.nan_to_num(0), *settings))
-        opcheck(ops.sorting_gradient.default, (*vectors, call.weights.nan_to_num(0), *settings))
+        library.opcheck(ops.sorting_count.default, (*vectors, call.values.nan_to_num(0), *settings))
+        library.opcheck(
+            ops.sorting_gradient.default, (*vectors, call.weights.nan_to_num(0), *settings)
+        )
 
 
 def evaluate(case: Case, quality: Tensor, dtype: torch.dtype, **settings: Any) -> LossResult:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import HAS_GPU
 from examples import IGNORE, detector_batch, relative_error, to_levels
-from torch.library import opcheck
+from torch import library
 
 from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, ops, set_backend
+from perf.launches import capture
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -148,10 +149,12 @@ def test_operators_and_compilation():
     levels, level_targets, index, scores = to_levels(logits, targets)
     values = loc_errors.double()
     for size, exact in ((9, True), (12, False)):
-        opcheck(ops.locate.default, (levels, level_targets, None, size, exact, IGNORE, "triton"))
+        library.opcheck(
+            ops.locate.default, (levels, level_targets, None, size, exact, IGNORE, "triton")
+        )
     settings = (1.0, IGNORE, "triton", "auto")
-    opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
-    opcheck(
+    library.opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
+    library.opcheck(
         ops.gradient.default,
         (levels, level_targets, index, scores, values, values, *settings, [], None),
     )
@@ -217,18 +220,10 @@ def test_cuda_graph_of_forward_and_backward():
         cls, loc = alrp_loss(leaf, targets, loc_errors, positives=positives)
         (cls + loc).backward()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay = capture(step)
     with torch.no_grad():
         leaf.copy_(logits.flip(0))
-    graph.replay()
+    replay()
     captured = leaf.grad.clone()
     step()
     assert torch.equal(captured, leaf.grad)
