@@ -37,7 +37,7 @@ def _installed(package: str) -> bool:
 
 
 _HAS_TRITON = _installed("triton")  # found, not imported: the torch path does without it
-_OLDEST_TRITON = 3, 6  # that the kernels are compiled with in the tests
+_OLDEST_TRITON = 3, 6  # that the kernels are written for
 
 
 def _is_too_old(package: str) -> bool:
@@ -70,8 +70,8 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
     raises at the call; only "auto" chooses.
 
     Example:
-    >>> set_backend(impl="torch")
-    >>> set_backend()  # back to choosing
+        >>> set_backend(impl="torch")
+        >>> set_backend()  # back to choosing
     """
     check_backend(impl, algorithm)
     _program.update(impl=impl, algorithm=algorithm)

@@ -188,6 +188,14 @@ def test_wrong_settings_are_named():
             make()
 
 
+def test_the_balance_moves_to_the_device_of_the_losses():
+    """Where nobody moved it, it would copy from device to device in every iteration."""
+    balance, loss = SelfBalance(period=2), torch.ones((), device="meta")
+    for _ in range(2):
+        balance.update(loss, loss)
+    assert {buffer.device.type for buffer in balance.buffers()} == {"meta"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype):
     """Logits and boxes of a 16-bit forward pass; the loss leaves autocast's dtypes alone."""
