@@ -24,7 +24,14 @@ from . import peers
 from .bench_report import to_markdown, write
 from .goals import STANDARDS, judge
 from .real_boxes import retinanet_call
-from .timing import Times, copy_bandwidth, interleave, machine, peak_memory
+from .timing import (
+    Times,
+    copy_bandwidth,
+    interleave,
+    keep_freed_memory,
+    machine,
+    peak_memory,
+)
 from .truth import Parity, Truth, compare
 from .variants import OURS, VARIANTS, Variant
 from .workloads import CELLS, Cell, Inputs, draw
@@ -61,7 +68,10 @@ def run(
         "machine"; "bandwidth" of a copy in bytes a second; "rows", one for each cell and variant
         that ran; "dropped", what did not, with the reason ("why") and the cells.
     """
-    about, bandwidth = machine(device), copy_bandwidth(device)
+    about = machine(device)
+    if device.type == "cpu":
+        about["freed memory"] = "kept" if keep_freed_memory() else "as the system does"
+    bandwidth = copy_bandwidth(device)
     shared = {key: about[key] for key in ("device", "torch", "triton", "torchvision")}
     table: list[dict[str, Any]] = []
     left_out: dict[tuple[str, str], list[str]] = {}
