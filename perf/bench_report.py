@@ -39,11 +39,11 @@ of the other variants; a variant whose gradient or value is not the reference's 
 time / {OURS}'s: median over the rounds that both ran in; below 1 it is faster than this package.
 Share of the floor: the time of the least memory traffic (two reads of the logits, one write of the
 gradient) at the bandwidth of a copy, over the median. Extra MB: peak memory beyond what was there
-before the call and the gradient itself; on a CPU the growth of the process. Freed memory: whether the
-process keeps it between calls, as a GPU's allocator does. Errors: largest deviation of the gradient from float64, over the largest gradient, and
-that of the value, over it or over 1. The focal losses rank nothing; they are held to their own
-formula. Sort-and-bucket is exact for delta = 0 and an approximation otherwise: where that shows in
-its error, it gets no time.
+before the call and the gradient itself; on a CPU the growth of the process. Freed memory: whether
+the process keeps it between calls, as a GPU's allocator does. Errors: largest deviation of the
+gradient from float64, over the largest gradient, and that of the value, over it or over 1. The
+focal losses rank nothing; they are held to their own formula. Sort-and-bucket is exact for
+delta = 0 and an approximation otherwise: where that shows in its error, it gets no time.
 """
 
 

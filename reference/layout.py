@@ -174,12 +174,16 @@ def locate(
 
 
 def unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Coordinates of flat positions. torch.unravel_index copies the shape to the device first."""
+    """Coordinates of flat positions. torch.unravel_index copies the shape to the device first.
+
+    One division a dimension: a remainder costs as much as the quotient.
+    """
     coordinates = []
-    for size in reversed(shape):
-        coordinates.append(flat % size)
-        flat = flat // size
-    return tuple(reversed(coordinates))
+    for size in reversed(shape[1:]):
+        whole = flat // size
+        coordinates.append(flat - whole * size)
+        flat = whole
+    return flat, *reversed(coordinates)
 
 
 def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> None:

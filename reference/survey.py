@@ -103,12 +103,12 @@ def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iter
     """Where few logits are relevant: picks them out of some runs, then asks what they are."""
     flat = block.logits.reshape(-1)
     for some in runs.split(max(1, layout.CHUNK // RUN)):
-        scores = edges.within_bounds(in_runs(flat, some))
+        scores = in_runs(flat, some).to(edges.key.dtype)
         found = _not_below(scores, edges, block.ordered)
         if found.numel() == 0:
             continue
         at = unravel(where_in_runs(some, found), block.logits.shape)
-        scores = scores.index_select(0, found)
+        scores = edges.within_bounds(scores.index_select(0, found))
         scores = scores.where(is_negative(at, block.targets, ignore_index), edges.bounds[0])
         lines = None if block.groups is None else edges.lines.of(at_logits(block.groups, at))
         yield Part(scores, lines, at)
