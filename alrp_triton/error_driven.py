@@ -22,6 +22,7 @@ class Ranking:
     groups: Sequence[Tensor]  # integers in the shape of the targets; empty without groups
     index: Tensor  # (P,) int64 positions in the flattened logits of all levels, -1 for padding
     valid: Tensor  # (P,) bool: not padding
+    padded: bool  # whether some may be
     scores: Tensor  # (P,) finite scores of the positives, -inf for padding
     own_groups: Tensor | None  # (P,) int64; None without groups
     delta: float
@@ -36,7 +37,7 @@ def rank_positives(ranking: Ranking, values: Tensor | None = None) -> Counts:
     valid = ranking.valid
     if values is None:
         values = torch.zeros_like(valid, dtype=torch.float64)
-    values = torch.where(valid, values.detach().double(), 0.0)
+    values = blank_padding(values.detach().to(torch.float64, copy=True), ranking)
     nfp, rank_positive, value_sum = ops.count(
         [level.detach() for level in ranking.logits],
         ranking.targets,
@@ -61,10 +62,15 @@ def sort_positives(ranking: Ranking, quality: Tensor, counts: Counts) -> Sorting
     )
 
 
+def blank_padding(x: Tensor, ranking: Ranking, fill: float = 0.0) -> Tensor:
+    """x (P,) with `fill` at the padding, in place."""
+    return x.masked_fill_(~ranking.valid, fill) if ranking.padded else x
+
+
 def mean_error(errors: Errors, ranking: Ranking) -> Tensor:
     """L = (1/Z) sum_i l(i) (Theorem 1), in the dtype of the scores; 0 without a positive."""
-    total = torch.where(ranking.valid, errors.error, 0.0).sum() / errors.normaliser
-    return torch.where(ranking.valid.any(), total, 0.0).to(ranking.scores.dtype)
+    each = blank_padding(errors.error / errors.normaliser, ranking)
+    return each.sum().to(ranking.scores.dtype)
 
 
 def attach(value: Tensor, counts: Counts, errors: Errors, ranking: Ranking) -> Tensor:
@@ -112,7 +118,7 @@ def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update
     D(i) = l(i) - l*(i), and p(j|i) = H(x_ij) / NFP(i), or skewed. Both sides sum to the same
     (Theorem 2).
     """
-    update, reached = _share(counts.nfp, errors, ranking)
+    update, nothing = _share(counts.nfp, errors)
     mass, powers = counts.nfp, None
     if ranking.skew:
         powers = torch.full_like(mass, ranking.skew)
@@ -130,29 +136,33 @@ def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update
         # Where no negative has a margin (ties under the hard step) all have the same: uniform.
         powers = torch.where(mass == 0, 0.0, powers)
         mass = torch.where(mass == 0, counts.nfp, mass)
-    return _Update(torch.where(reached, update / mass, 0.0), powers, -update)
+    return _Update((update / mass).masked_fill_(nothing, 0.0), powers, -update)
 
 
 def _sorting_update(
     sorting: SortingCounts, quality: Tensor, errors: Errors, ranking: Ranking
 ) -> Tensor:
     """(P,) the gradient by the positives: the error of i is spread over the worse ones above it."""
-    update, reached = _share(sorting.worse, errors, ranking)
+    update, nothing = _share(sorting.worse, errors)
     passed = ops.sorting_gradient(
         ranking.scores,
         quality,
-        torch.where(reached, update / sorting.worse, 0.0),
+        (update / sorting.worse).masked_fill_(nothing, 0.0),
         ranking.delta,
         ranking.impl,
         ranking.own_groups,
     )
-    return torch.where(ranking.valid, passed - update, 0.0)
+    return passed - update
 
 
-def _share(above: Tensor, errors: Errors, ranking: Ranking) -> tuple[Tensor, Tensor]:
-    """D(i) / Z, 0 where nothing stands above i to take it; and where something does."""
-    reached = ranking.valid & (above != 0)  # NaN counts as reached, and stays visible
-    return torch.where(reached, (errors.error - errors.target) / errors.normaliser, 0.0), reached
+def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
+    """D(i) / Z, 0 where nothing stands above i to take it; and where nothing does.
+
+    Above padding nothing stands. NaN is something, and stays visible.
+    """
+    nothing = above == 0
+    update = (errors.error - errors.target) / errors.normaliser
+    return update.masked_fill_(nothing, 0.0), nothing
 
 
 def _apply(
@@ -160,11 +170,11 @@ def _apply(
 ) -> list[Tensor]:
     """The scalars attached: the first with the update, the others with gradients by positives."""
     attached = ErrorDrivenUpdate.apply(
-        torch.stack(list(values)),
+        _rows(values),
         ranking.index,
         ranking.scores,
         update.weights,
-        torch.stack([update.own, *more_own]),
+        _rows([update.own, *more_own]),
         update.powers,
         ranking.own_groups,
         (ranking.delta, ranking.ignore_index, ranking.impl, ranking.algorithm),
@@ -175,6 +185,11 @@ def _apply(
     )
     # One by one: what `unbind` gives may not be changed in place, as in `loss *= weight`.
     return [attached[place] for place in range(len(values))]
+
+
+def _rows(given: Sequence[Tensor]) -> Tensor:
+    """Stacked, but for a single one, which is not copied."""
+    return given[0][None] if len(given) == 1 else torch.stack(list(given))
 
 
 class ErrorDrivenUpdate(torch.autograd.Function):

@@ -43,19 +43,20 @@ class Errors(NamedTuple):
     """A loss L = (1/Z) sum_i l(i), with the targets l*(i) that a perfect ranking would reach."""
 
     error: Tensor  # l(i), (P,)
-    target: Tensor  # l*(i), (P,)
+    target: Tensor | float  # l*(i), (P,), or the same for all
     normaliser: Tensor | float  # Z, scalar
 
 
 def ap_errors(counts: Counts) -> Errors:
     """AP Loss, Eq. 2: l = NFP / rank, the missing precision; l* = 0."""
-    return Errors(counts.nfp / counts.rank, torch.zeros_like(counts.nfp), counts.num_positives)
+    return Errors(counts.nfp / counts.rank, 0.0, counts.num_positives)
 
 
 def alrp_errors(counts: Counts) -> Errors:
     """aLRP Loss, Eq. 10, with values = Eloc: l = (NFP + Eloc + S) / rank; l* = Eloc / rank."""
-    own = counts.values / counts.rank
-    return Errors((counts.nfp + counts.value_sum) / counts.rank + own, own, counts.num_positives)
+    rank = counts.rank
+    own = counts.values / rank
+    return Errors((counts.nfp + counts.value_sum) / rank + own, own, counts.num_positives)
 
 
 def ndcg_errors(counts: Counts) -> Errors:

@@ -39,6 +39,7 @@ from .error_driven import (
     Ranking,
     attach,
     attach_sorting,
+    blank_padding,
     mean_error,
     rank_positives,
     sort_positives,
@@ -407,11 +408,11 @@ def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tenso
     The sum is what k passes down to the positives below it, while a count collects from above.
     Negating all scores turns the list over: it is S(k) of the values 1 / rank there.
     """
-    per_rank = torch.where(ranking.valid, 1 / counts.rank, 0.0)
+    per_rank = counts.rank.reciprocal()
     _, _, passed_down = ops.count(
         [],
         [],
-        torch.where(ranking.valid, -ranking.scores, -torch.inf),
+        blank_padding(-ranking.scores, ranking, fill=-torch.inf),
         per_rank,
         ranking.delta,
         ranking.ignore_index,
@@ -420,6 +421,8 @@ def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tenso
         [],
         ranking.own_groups,
     )
-    share = torch.where(ranking.valid, (per_rank + passed_down) / counts.num_positives, 0.0)
-    loc = (torch.where(ranking.valid, loc_errors, 0.0).double() * share).sum()
+    share = blank_padding((per_rank + passed_down) / counts.num_positives, ranking)
+    if ranking.padded:
+        loc_errors = torch.where(ranking.valid, loc_errors, 0.0)
+    loc = (loc_errors.double() * share).sum()
     return loc.to(torch.promote_types(ranking.scores.dtype, loc_errors.dtype))

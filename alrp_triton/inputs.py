@@ -75,6 +75,7 @@ def prepare_ranking(
         level_groups,
         index,
         index >= 0,
+        positives is not None or not exact,
         scores,
         own_groups,
         float(delta),
