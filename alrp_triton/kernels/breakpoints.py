@@ -37,8 +37,12 @@ def _points_kernel(
     ranks,
     windows,
     values,  # (P,) float64
-    jump,  # (2, 3P) float64, out: 1 and the value at each positive, 0 at each edge
-    high,  # (3P,) float64, out: where edges and positives lie together; so is the next
+    numbers,  # (2P,) float64: how many negatives lie behind each edge, and the sum of their
+    distances,  # distances to it
+    jump,  # (3, 3P) float64, out: by how much the number of negatives, that of positives and the
+    # sum of their values change at each point
+    more,  # (3, 3P) float64, out: those distances, and nothing of the other two
+    high,  # (3P,) float64, out: where the points lie; so is the next
     low,
     opened,  # (3P,) int8, out: whether a window lies behind each of them
     positives,
@@ -56,15 +60,25 @@ def _points_kernel(
     for side in tl.static_range(3):
         at = tl.load(ranks + (2 + side) * positives + i, mask=mask, other=0)
         point, rest = add_exactly(s, (side - 1) * delta)
+        one, behind = tl.where(valid & (side == 1), 1.0, 0.0), valid
+        number, distance = 0.0 * one, 0.0 * one
+        if side != 1:
+            edge = tl.load(ranks + side // 2 * positives + i, mask=mask, other=0)
+            behind = tl.load(windows + edge, mask=mask, other=0) != 0
+            number = tl.load(numbers + edge, mask=mask, other=0.0)
+            distance = tl.load(distances + edge, mask=mask, other=0.0)
         tl.store(high + at, point, mask=mask)
         tl.store(low + at, rest, mask=mask)
-        tl.store(jump + at, tl.where(valid & (side == 1), 1.0, 0.0), mask=mask)
-        tl.store(jump + 3 * positives + at, tl.where(side == 1, value, 0.0), mask=mask)
-        behind = valid
-        if side == 2:
-            upper = tl.load(ranks + positives + i, mask=mask, other=0)
-            behind = tl.load(windows + upper, mask=mask, other=0) != 0
         tl.store(opened + at, behind.to(tl.int8), mask=mask)
+        _store_column(jump, at, (number, one, tl.where(side == 1, value, 0.0)), positives, mask)
+        _store_column(more, at, (distance, 0.0 * one, 0.0 * one), positives, mask)
+
+
+@triton.jit
+def _store_column(out, at, column, positives, mask):
+    """Three numbers at each of some points, of (3, 3P)."""
+    for row in tl.static_range(3):
+        tl.store(out + row * 3 * positives + at, column[row], mask=mask)
 
 
 @jit
@@ -76,10 +90,8 @@ def _finish_kernel(
     ranks,
     values,
     unordered,  # (1,) int64: how many negatives are NaN
-    running,  # (1, 2P) float64: how many negatives lie at or above each edge
-    integral,  # (1, 2P) float64: of that number, from the last edge down, over the windows
-    running_positive,  # (2, 3P) float64: the same of the positives, and of their values
-    integral_positive,
+    running,  # (3, 3P) float64: what lies at or above each point, see `jump`
+    integral,  # (3, 3P) float64: of that, from the last point down, over the windows
     nfp,  # (P,) float64, out; so are the next two
     rank_positive,
     value_sum,
@@ -95,24 +107,22 @@ def _finish_kernel(
     valid = s != float("-inf")
     place = tl.load(order + i, mask=mask, other=0)
     value = tl.load(values + place, mask=mask & valid, other=0.0)
-    lower = tl.load(ranks + i, mask=mask, other=0)
-    upper = tl.load(ranks + positives + i, mask=mask, other=0)
+    lower = tl.load(ranks + 2 * positives + i, mask=mask, other=0)
+    upper = tl.load(ranks + 4 * positives + i, mask=mask, other=0)
+    line = 3 * positives
     count = _window_mean(running, integral, lower, upper, mask, delta)
+    running, integral = running + line, integral + line
+    others = _window_mean(running, integral, lower, upper, mask, delta)
+    running, integral = running + line, integral + line
+    total = _window_mean(running, integral, lower, upper, mask, delta)
 
     # 1. The others: less itself, for which H is 1/2 (1 under the hard step). Exactly nothing where
     # nobody else stands at or above the window.
-    below = tl.load(ranks + 2 * positives + i, mask=mask, other=0)
-    upper = tl.load(ranks + 4 * positives + i, mask=mask, other=0)
     itself = tl.where(delta == 0.0, 1.0, 0.5)
-    others = _window_mean(running_positive, integral_positive, below, upper, mask, delta) - itself
-    line = 3 * positives
-    total = _window_mean(
-        running_positive + line, integral_positive + line, below, upper, mask, delta
-    )
-    total -= itself * value
     _, end = bounds_of(ends, ends, i, positives)
-    alone = below - lower == end - 1
-    others, total = tl.where(alone, 0.0, others), tl.where(alone, 0.0, total)
+    alone = lower - tl.load(ranks + i, mask=mask, other=0) == end - 1
+    others = tl.where(alone, 0.0, others - itself)
+    total = tl.where(alone, 0.0, total - itself * value)
 
     # 2. NaN has no place in any order.
     nan = tl.where(tl.load(known + NAN_SCORE) > 0, float("nan"), 0.0).to(tl.float64)
@@ -171,10 +181,6 @@ def count(
         numbers, distances, unordered = count_negatives(
             logits, targets, edges, delta, ignore_index, tiles, lines
         )
-        running, integral = integrate(
-            numbers[None], distances[None], edges.high, edges.low, edges.windows, edges.ends,
-            each=2, backward=True,
-        )  # fmt: skip
         grid = (triton.cdiv(positives, tiles.block),)
         common = {
             "order": edges.order,
@@ -185,14 +191,22 @@ def count(
             "delta_bits": bits_of(delta),
             "BLOCK": tiles.block,
         }
-        jump = numbers.new_empty((2, 3 * positives))
+        jump, more = numbers.new_empty((2, 3, 3 * positives))
         high, low = numbers.new_empty((2, 3 * positives))
         opened = edges.windows.new_empty(3 * positives)
         _points_kernel[grid](
-            **common, windows=edges.windows, jump=jump, high=high, low=low, opened=opened
+            **common,
+            windows=edges.windows,
+            numbers=numbers,
+            distances=distances,
+            jump=jump,
+            more=more,
+            high=high,
+            low=low,
+            opened=opened,
         )
-        running_positive, integral_positive = integrate(
-            jump, None, high, low, opened, edges.ends, each=3, backward=True
+        running, integral = integrate(
+            jump, more, high, low, opened, edges.ends, each=3, backward=True
         )
         _finish_kernel[grid](
             **common,
@@ -201,8 +215,6 @@ def count(
             unordered=unordered,
             running=running,
             integral=integral,
-            running_positive=running_positive,
-            integral_positive=integral_positive,
             nfp=out[0],
             rank_positive=out[1],
             value_sum=out[2],

@@ -104,66 +104,82 @@ def _merge_kernel(
     """Places the two edges of each positive by counting what stands before them."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
+    _write_rest(keys + 2 * positives, limits + 4 * positives, i, positives, steps)
     s = tl.load(scores + i, mask=mask, other=float("inf")).to(tl.float64)
     delta = real(delta_bits, tl.float64)
     line = bounds_of(starts, ends, i, positives)
     start, end = line
 
-    # 1. The merged order: among equals s_i - delta comes first, then s_i, then s_i + delta.
-    lower_high, lower_low = add_exactly(s, -delta)
-    upper_high, upper_low = add_exactly(s, delta)
+    finite = s > float("-inf")
+    out = (keys, high, low, windows)
+
+    # 1. The merged order: among equals s_i - delta comes first, then s_i, then s_i + delta. Behind
+    # s_i - delta a window is open.
     far_high, far_low = add_exactly(s, -2 * delta)
-    far_below = _search(scores, line, steps, far_high, far_low, False)
-    below = _search(scores, line, steps, lower_high, lower_low, False)
-    upto = _search(scores, line, steps, upper_high, upper_low, True)
-    far_high, far_low = add_exactly(s, 2 * delta)
-    far_upto = _search(scores, line, steps, far_high, far_low, True)
-    lower, upper = start + i + far_below, start + i + far_upto
+    lower = start + i + _search(scores, line, steps, far_high, far_low, False)
+    edge_high, edge_low = add_exactly(s, -delta)
+    below = _search(scores, line, steps, edge_high, edge_low, False)
     tl.store(ranks + i, lower, mask=mask)
-    tl.store(ranks + positives + i, upper, mask=mask)
     tl.store(ranks + 2 * positives + i, lower + start + below, mask=mask)
+    _write_edge(out, lower, edge_high, edge_low, finite, mask)
+
+    # 2. Behind s_i + delta one is if more windows have opened than closed.
+    far_high, far_low = add_exactly(s, 2 * delta)
+    opened = _search(scores, line, steps, far_high, far_low, True)
+    upper = start + i + opened
+    edge_high, edge_low = add_exactly(s, delta)
+    upto = _search(scores, line, steps, edge_high, edge_low, True)
+    tl.store(ranks + positives + i, upper, mask=mask)
     tl.store(ranks + 3 * positives + i, 2 * start + i + below + upto, mask=mask)
     tl.store(ranks + 4 * positives + i, upper + start + upto, mask=mask)
+    inside = finite & (opened > i - start + 1)
+    upper_key = _write_edge(out, upper, edge_high, edge_low, inside, mask)
 
-    # 2. The edges in that order. Behind s_i - delta a window is open; behind s_i + delta one is if
-    # more windows have opened than closed.
-    finite = s > float("-inf")
-    dtype: tl.constexpr = keys.dtype.element_ty
-    lower_key = _round_up(lower_high, lower_low, dtype)
-    upper_key = _round_up(upper_high, upper_low, dtype)
-    tl.store(keys + lower, lower_key, mask=mask)
-    tl.store(keys + upper, upper_key, mask=mask)
-    tl.store(high + lower, lower_high, mask=mask)
-    tl.store(high + upper, upper_high, mask=mask)
-    tl.store(low + lower, lower_low, mask=mask)
-    tl.store(low + upper, upper_low, mask=mask)
-    tl.store(windows + lower, finite.to(tl.int8), mask=mask)
-    tl.store(windows + upper, (finite & (far_upto > i - start + 1)).to(tl.int8), mask=mask)
-
-    # 3. The line from its first edge to its last, by its last positive.
+    # 3. The line from its first edge to its last, by its last positive. Without one that is ordered
+    # it has no length, and nothing is relevant on it.
     padding = _search(scores, line, steps, tl.where(mask, float("-inf"), 0.0), 0.0 * i, True)
-    any_finite = finite & mask & (i == end - 1)
-    first = tl.load(scores + start + padding, mask=any_finite, other=0.0).to(tl.float64)
+    ends_here = mask & (i == end - 1)
+    first = tl.load(scores + start + padding, mask=ends_here & finite, other=0.0).to(tl.float64)
     first, first_low = add_exactly(first, -delta)
-    first = _round_up(first, first_low, dtype)
-    # Not less than what keeps the scale finite.
-    last = tl.minimum(upper_key, LARGEST)  # which +inf is ranked as
-    number = cells * (end - start)
-    width = tl.maximum(last - first, number * 1.2e-38)
-    # A logit of -inf is ranked as -LARGEST, and so may be relevant.
+    first = _round_up(first, first_low, keys.dtype.element_ty)
+    # +inf is ranked as LARGEST. A logit of -inf is ranked as -LARGEST, and so may be relevant.
+    last = tl.where(finite, tl.minimum(upper_key, LARGEST), first)
     lowest = tl.where(first > -LARGEST / 2, first, float("-inf"))
+    number = cells * (end - start)
+    width = tl.maximum(last - first, number * 1.2e-38)  # which keeps the scale finite
     at = limits + 4 * start
-    tl.store(at, lowest, mask=any_finite)
-    tl.store(at + 1, first, mask=any_finite)
-    tl.store(at + 2, last, mask=any_finite)
+    tl.store(at, tl.where(finite, lowest, float("inf")), mask=ends_here)
+    tl.store(at + 1, first, mask=ends_here)
+    tl.store(at + 2, last, mask=ends_here)
     # Not even a division that is off by two units may lead behind the last cell.
-    tl.store(at + 3, (number - 1) * (1 - 2.0**-20) / width, mask=any_finite)
+    tl.store(at + 3, (number - 1) * (1 - 2.0**-20) / width, mask=ends_here)
 
     # 4. What concerns all lines.
     nan = mask & (s != s)
     tl.atomic_max(known + NAN_SCORE, tl.max(nan.to(tl.int32), 0), sem="relaxed")
     valid = mask & (s != float("-inf"))
     tl.atomic_max(known + ANY_POSITIVE, tl.max(valid.to(tl.int32), 0), sem="relaxed")
+
+
+@triton.jit
+def _write_edge(out, at, edge_high, edge_low, inside, mask):
+    """Writes edges to their places, and whether they lie inside a window; returns their keys."""
+    keys, high, low, windows = out
+    key = _round_up(edge_high, edge_low, keys.dtype.element_ty)
+    tl.store(keys + at, key, mask=mask)
+    tl.store(high + at, edge_high, mask=mask)
+    tl.store(low + at, edge_low, mask=mask)
+    tl.store(windows + at, inside.to(tl.int8), mask=mask)
+    return key
+
+
+@triton.jit
+def _write_rest(keys, limits, i, positives, steps):
+    """What stands behind the last edge, as far as a search may look, and on the line of nobody."""
+    for part in tl.static_range(4):
+        behind = part * positives + i
+        tl.store(keys + behind, float("inf"), mask=(i < positives) & (behind < (1 << steps)))
+    tl.store(limits + i, tl.where(i == 0, float("inf"), 0.0), mask=i < 4)
 
 
 @triton.jit
@@ -309,20 +325,17 @@ def sort_edges(scores: Tensor, delta: float, own_lines: Tensor | None = None) ->
     steps = edges.bit_length()
     total = min(max(_CELLS, triton.next_power_of_2(4 * edges)), _MOST_CELLS)
     cells = max(1, total // positives)
-    limits = scores.new_zeros((positives + 1, 4))
-    limits[:, 0] = torch.inf
     laid_out = Edges(
         order=order,
         scores=ascending,
         starts=starts,
         ends=ends,
-        # A search may look as far behind the last edge as it has steps.
-        keys=scores.new_full((edges + (1 << steps),), torch.inf),
+        keys=scores.new_empty(edges + (1 << steps)),
         high=torch.empty(edges, dtype=torch.float64, device=device),
         low=torch.empty(edges, dtype=torch.float64, device=device),
         windows=torch.empty(edges, dtype=torch.int8, device=device),
         ranks=torch.empty((5, positives), dtype=torch.int32, device=device),
-        limits=limits,
+        limits=scores.new_empty((positives + 1, 4)),
         table=torch.empty(cells * positives + 1, dtype=torch.int32, device=device),
         cells=cells,
         known=torch.zeros(_KNOWN, dtype=torch.int32, device=device),
@@ -331,7 +344,7 @@ def sort_edges(scores: Tensor, delta: float, own_lines: Tensor | None = None) ->
         "starts": starts,
         "ends": ends,
         "keys": laid_out.keys,
-        "limits": limits,
+        "limits": laid_out.limits,
         "known": laid_out.known,
         "positives": positives,
         "steps": steps,

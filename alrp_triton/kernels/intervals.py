@@ -449,9 +449,11 @@ def count_negatives(
     packing = pack_levels(logits, number, tiles)
     exact = edges.scores.dtype == torch.float64
     units = _FINE.value if exact else 2.0**packing.bits
-    int64 = {"dtype": torch.int64, "device": edges.scores.device}
-    words = torch.zeros((3, number) if exact else (number, packing.copies), **int64)
-    unordered = torch.zeros(1, **int64)
+    by_pattern = lines is None and logits and logits[0].element_size() == 2
+    # One vector, cleared at once.
+    sizes = (3 if exact else packing.copies) * number, 2 * number if by_pattern else 0, 1
+    zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=edges.scores.device)
+    words, sums, unordered = zeros.split(sizes)
     largest = torch.finfo(edges.scores.dtype).max
     add = {
         "words": words,
@@ -462,13 +464,13 @@ def count_negatives(
         "most_bits": bits_of(units),
         "edges": number,
     }
-    patterns = sums = None
+    patterns = None
     for level, target, of_level in zip(logits, targets, by_level(lines, logits), strict=True):
         for piece, beside, line, _ in pieces(level, target, of_level) if level.numel() else ():
-            if piece.element_size() == 2 and lines is None and patterns is None:
-                device = edges.scores.device
-                patterns = torch.zeros((PATTERNS, tiles.lanes), dtype=torch.int32, device=device)
-                sums = torch.zeros((2, number), **int64)
+            if by_pattern and patterns is None:
+                patterns = torch.zeros(
+                    (PATTERNS, tiles.lanes), dtype=torch.int32, device=zeros.device
+                )
             per_logit = beside.dim() == piece.dim()
             programs = min(triton.cdiv(piece.numel(), tile), tiles.programs)
             _count_kernel[(programs,)](
@@ -512,7 +514,7 @@ def count_negatives(
     numbers, distances = edges.high.new_empty((2, number))
     _fold_kernel[(triton.cdiv(number, tiles.block),)](
         words=words,
-        sums=sums,
+        sums=sums if by_pattern else None,
         keys=edges.keys,
         high=edges.high,
         low=edges.low,
