@@ -26,6 +26,8 @@ from .reference import breakpoints, layout, pairwise, skewed, sorting
 IMPLS = ("auto", "triton", "torch")
 ALGORITHMS = ("auto", "pairwise", "breakpoints")
 
+_YES = ("1", "true", "on", "yes", "y")  # as Triton reads its variables
+
 _program = {"impl": "auto", "algorithm": "auto"}
 
 
@@ -38,19 +40,21 @@ def _installed(package: str) -> bool:
 
 _HAS_TRITON = _installed("triton")  # found, not imported: the torch path does without it
 _OLDEST_TRITON = 3, 6  # that the kernels are written for
+_OLDEST_INTERPRETER = 3, 8  # older ones take NaN for the larger number, which no GPU does
 
 
-def _is_too_old(package: str) -> bool:
-    """Whether the installed Triton is older than that; not if nobody knows its version."""
+def _is_too_old(package: str, oldest: tuple[int, int]) -> bool:
+    """Whether the installed one is older; not if nobody knows its version."""
     try:
         major, minor = importlib.metadata.version(package).split(".")[:2]
-        return (int(major), int(minor)) < _OLDEST_TRITON
+        return (int(major), int(minor)) < oldest
     except (importlib.metadata.PackageNotFoundError, ValueError):
         return False
 
 
 # The one that torch 2.6 brings is 3.2.
-_CHOOSES_TRITON = _HAS_TRITON and not _is_too_old("triton")
+_CHOOSES_TRITON = _HAS_TRITON and not _is_too_old("triton", _OLDEST_TRITON)
+_INTERPRETS = _HAS_TRITON and not _is_too_old("triton", _OLDEST_INTERPRETER)
 
 
 def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
@@ -102,10 +106,15 @@ def load_kernels(name: str, device: torch.device) -> ModuleType:
     Raises:
         RuntimeError: if its kernels cannot run on tensors of `device`.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in _YES
     if not _HAS_TRITON:
         raise RuntimeError("impl='triton': triton is not installed; use 'torch' or 'auto'")
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+    if interpreted and not _INTERPRETS:
+        raise RuntimeError(
+            "impl='triton': expected Triton 3.8 or later to interpret kernels on a CPU, got "
+            f"{importlib.metadata.version('triton')}; use 'torch' or 'auto'"
+        )
+    if device.type != "cuda" and not interpreted:
         raise RuntimeError(
             f"impl='triton': expected tensors on a CUDA or ROCm device, got {device}; use 'torch' "
             "or 'auto' (CPU tensors run in Triton's interpreter, under TRITON_INTERPRET=1)"

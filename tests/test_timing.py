@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import subprocess
 import sys
 from itertools import pairwise
@@ -32,7 +33,7 @@ def test_the_floor_is_a_copy():
     assert 1e7 < timing.copy_bandwidth(CPU, size=1 << 20, rounds=2) < 1e13
 
 
-_SECOND_CALL = """
+_CALLS = """
 import resource
 import torch
 from perf.timing import keep_freed_memory
@@ -42,18 +43,18 @@ def fetched():
     torch.ones(1 << 24)  # 64 MB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(keep_freed_memory(), fetched(), fetched())
+assert keep_freed_memory()
+print(*(fetched() for _ in range(40)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_freed_memory_is_kept_for_the_next_call():
-    """Its pages are fetched once: 16,384 of 4 KB, or fewer of larger ones."""
-    command = [sys.executable, "-c", _SECOND_CALL]
+def test_freed_memory_is_kept_for_later_calls():
+    """The first fetches its pages, 16,384 of 4 KB or fewer of larger ones, and most others none."""
+    command = [sys.executable, "-c", _CALLS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kept, first, second = done.stdout.split()
-    assert kept == "True"
-    assert int(second) < 10 < int(first)
+    first, *others = map(int, done.stdout.split())
+    assert statistics.median(others) < 10 < first
 
 
 def test_peak_memory_counts_what_the_process_could_have_kept():

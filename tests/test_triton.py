@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_the_reference(dtype, delta, algorithm):
 def test_auto_leaves_an_old_triton_alone(version, chosen, monkeypatch):
     """It has never been compiled with; who asks for it by name may try."""
     monkeypatch.setattr("importlib.metadata.version", lambda package: version)
-    monkeypatch.setattr(ops, "_CHOOSES_TRITON", not ops._is_too_old("triton"))
+    monkeypatch.setattr(ops, "_CHOOSES_TRITON", not ops._is_too_old("triton", (3, 6)))
     gpu = torch.device("cuda")
     assert ops.choose_impl("auto", gpu) == chosen
     assert ops.choose_impl("triton", gpu) == "triton"
@@ -75,7 +75,18 @@ def test_auto_leaves_an_old_triton_alone(version, chosen, monkeypatch):
 
 def test_a_triton_of_unknown_version_is_new_enough():
     """Builds of it go by other names."""
-    assert not ops._is_too_old("no-such-package")
+    assert not ops._is_too_old("no-such-package", (3, 6))
+
+
+def test_an_interpreter_that_mistakes_nan_is_refused(monkeypatch):
+    """It would look for NaN among the edges, and crash."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.7.1")
+    assert ops._is_too_old("triton", ops._OLDEST_INTERPRETER)
+    monkeypatch.setattr(ops, "_INTERPRETS", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match=r"expected Triton 3\.8 or later.*got 3\.7\.1"):
+        ops.load_kernels("locate", torch.device("cpu"))
+    ops.load_kernels("locate", torch.device("cuda"))  # where it is compiled
 
 
 def test_levels_and_padded_positives():
