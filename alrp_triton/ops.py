@@ -26,8 +26,6 @@ from .reference import breakpoints, layout, pairwise, skewed, sorting
 IMPLS = ("auto", "triton", "torch")
 ALGORITHMS = ("auto", "pairwise", "breakpoints")
 
-_YES = ("1", "true", "on", "yes", "y")  # as Triton reads its variables
-
 _program = {"impl": "auto", "algorithm": "auto"}
 
 
@@ -106,15 +104,15 @@ def load_kernels(name: str, device: torch.device) -> ModuleType:
     Raises:
         RuntimeError: if its kernels cannot run on tensors of `device`.
     """
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() in _YES
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     if not _HAS_TRITON:
         raise RuntimeError("impl='triton': triton is not installed; use 'torch' or 'auto'")
     if interpreted and not _INTERPRETS:
         raise RuntimeError(
-            "impl='triton': expected Triton 3.8 or later to interpret kernels on a CPU, got "
+            "impl='triton': expected Triton 3.8 or later under TRITON_INTERPRET=1, got "
             f"{importlib.metadata.version('triton')}; use 'torch' or 'auto'"
         )
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         raise RuntimeError(
             f"impl='triton': expected tensors on a CUDA or ROCm device, got {device}; use 'torch' "
             "or 'auto' (CPU tensors run in Triton's interpreter, under TRITON_INTERPRET=1)"

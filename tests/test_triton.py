@@ -86,6 +86,7 @@ def test_an_interpreter_that_mistakes_nan_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match=r"expected Triton 3\.8 or later.*got 3\.7\.1"):
         ops.load_kernels("locate", torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     ops.load_kernels("locate", torch.device("cuda"))  # where it is compiled
 
 
