@@ -69,6 +69,12 @@ class Edges:
         return sum_along(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
     @cached_property
+    def lowest(self) -> float:
+        """The smallest logit that is not below all edges; -inf is ranked as -`LARGEST`."""
+        first = self.key[0].item()
+        return first if first > -LARGEST else -torch.inf
+
+    @cached_property
     def bounds(self) -> tuple[float, float]:
         """A number below all edges and one above them, with room for a cell or more between."""
         first, last = self.key[0].item(), self.key[-1].item()

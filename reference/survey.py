@@ -95,8 +95,8 @@ def _are_many(runs: Tensor, logits: Tensor, edges: Edges) -> bool:
     """Whether many logits are relevant, by a sample; given the runs in which some are."""
     if runs.numel() * RUN <= SCARCE * logits.numel():
         return False
-    sample = edges.within_bounds(logits.reshape(-1)[::RUN])
-    return int((sample >= edges.key[0]).count_nonzero()) > MANY * sample.numel()
+    sample = logits.reshape(-1)[::RUN].to(edges.key.dtype)
+    return int((sample >= edges.lowest).count_nonzero()) > MANY * sample.numel()
 
 
 def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iterator[Part]:
@@ -128,7 +128,6 @@ def _by_piece(block: Block, edges: Edges, ignore_index: int, scratch: Scratch) -
 
 
 def _not_below(x: Tensor, edges: Edges, ordered: bool) -> Tensor:
-    """Where x (n,) is not below all edges, int64; NaN is not, if there may be any."""
-    lowest = edges.key[0]
-    found = x >= lowest if ordered else ~(x < lowest)
+    """Which logits x (n,) are not below all edges, int64; NaN is not, if there may be any."""
+    found = x >= edges.lowest if ordered else ~(x < edges.lowest)
     return found.nonzero()[:, 0]

@@ -125,6 +125,24 @@ def levels(draw):
     return logits, targets, groups, draw(st.sampled_from(DELTAS)), generator
 
 
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("number", [2, 200, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_minus_infinity_ties_with_itself(dtype, number, delta):
+    """It is ranked as a number: the lowest positive and the negatives there have their place."""
+    logits = torch.full((1, 1, number), -math.inf, dtype=dtype)
+    targets = torch.full((1, number), -1)
+    targets[0, -1] = 0
+    levels = [logits], [targets]
+    index, scores = layout.locate(*levels, None, 1, True, IGNORE)
+    values = torch.ones(1, dtype=torch.float64)
+    nfp, _, _ = breakpoints.count(*levels, scores, values, delta, IGNORE)
+    each = 1.0 if delta == 0 else 0.5
+    assert nfp.item() == each * (number - 1)
+    (gradient,) = breakpoints.gradient(*levels, index, scores, values, -values, delta, IGNORE)
+    assert (gradient[..., :-1] == each).all()
+
+
 @settings(max_examples=2000, deadline=None)
 @given(levels())
 def test_breakpoints_equal_pairwise(case):
