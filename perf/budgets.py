@@ -209,13 +209,18 @@ def _pairwise_rounding(case: Case, tiles: Tiles) -> Rounding:
 def _breakpoint_rounding(case: Case, tiles: BreakpointTiles) -> Rounding:
     """A distance is rounded to its unit, and what is summed is integer.
 
-    An entry of the gradient is a value and a slope, each rounded, times a distance, and added.
+    An entry of the gradient is a value and a slope, each rounded, times a distance, and added. Both
+    are sums over up to 2P edges in float64, of which only float64 logits see the rounding.
     """
     from alrp_triton.kernels.intervals import pack_levels
 
     bits = pack_levels(case.logits, 2 * case.scores.numel(), tiles).bits
     exact = case.scores.dtype == torch.float64
-    return Rounding(step=0.0 if exact else 2.0 ** -(bits + 1), count_terms=0, gradient_terms=4)
+    return Rounding(
+        step=0.0 if exact else 2.0 ** -(bits + 1),
+        count_terms=0,
+        gradient_terms=4 + (2 * case.scores.numel() if exact else 0),
+    )
 
 
 class CountTerms(NamedTuple):
