@@ -36,6 +36,7 @@ LANES = 4
 MOST_IN_LANES = 1 << 12
 
 
+@torch.no_grad()
 def count(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -79,6 +80,7 @@ def count(
     return nfp, 1 + others[0], others[1].clone()  # three vectors of their own
 
 
+@torch.no_grad()
 def gradient(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],

@@ -143,6 +143,19 @@ def test_minus_infinity_ties_with_itself(dtype, number, delta):
     assert (gradient[..., :-1] == each).all()
 
 
+@pytest.mark.parametrize("distribution", ["init", "late"])
+def test_logits_may_require_a_gradient(distribution):
+    """Neither function is differentiated, by whoever calls it."""
+    logits, targets = detector_batch(distribution, 1000, 80, 20)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    levels[0].requires_grad_()
+    values = torch.rand(20, dtype=torch.float64)
+    counted = breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE)
+    arguments = level_targets, index, scores, values, -values, 1.0, IGNORE
+    gradients = breakpoints.gradient(levels, *arguments)
+    assert not any(x.requires_grad for x in (*counted, *gradients))
+
+
 @settings(max_examples=2000, deadline=None)
 @given(levels())
 def test_breakpoints_equal_pairwise(case):
