@@ -375,29 +375,28 @@ def test_retinanet_sized_call():
 
 @pytest.fixture
 def one_thread():
-    """Two threads wait for each other, and for whatever else the machine does, in every variant."""
+    """Two threads wait for each other, and for whatever else the machine does: a call of ours on
+    two shared cores took 25 ms or, minutes later, 48, where one thread took 28 to 31.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("distribution", ["init", "mid", "spread"])
-def test_at_least_five_times_faster_than_the_published_loop(distribution):
-    """P = 500, N = 2 million, forward + backward, the best of seven each, side by side."""
-    cell = Cell(2_000_000, 500, distribution)
-    rows = by_name(fill(cell, 7, (OURS, "published loop")))
-    assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
+@pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
+def test_at_least_five_times_faster_than_the_published_loop(distribution, one_thread):
+    """P = 500, N = 2 million, forward + backward, the best of each, side by side.
 
-
-def test_at_least_five_times_faster_where_the_loop_has_little_to_do(one_thread):
-    """Late in a training."""
-    rows = by_name(fill(Cell(2_000_000, 500, "late"), 15, (OURS, "published loop")))
+    Late in a training the loop has little to do, and a call takes milliseconds: more of them.
+    """
+    rounds = 15 if distribution == "late" else 5
+    rows = by_name(fill(Cell(2_000_000, 500, distribution), rounds, (OURS, "published loop")))
     assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
 
 
 @pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
-def test_at_least_three_times_faster_than_sort_and_bucket(distribution):
+def test_at_least_three_times_faster_than_sort_and_bucket(distribution, one_thread):
     """Likewise, at delta = 0, where that is exact."""
     cell = Cell(2_000_000, 500, distribution, delta=0.0)
     rows = by_name(fill(cell, 5, (OURS, "sort and bucket")))
