@@ -197,7 +197,7 @@ def _take_memory(
         start = time.perf_counter()
         peak = peak_memory(call, device)
         seconds[name] = time.perf_counter() - start
-        # Less than the gradient: the process still had pages for it.
+        # Less than the gradient: the process still had pages for it (not under glibc).
         extra[name] = None if peak is None else max(0, peak - gradient)
     return extra, seconds
 

@@ -1,4 +1,4 @@
-"""Before anything else is imported: without a GPU, kernels run in the interpreter."""
+"""Before Triton is imported: without a GPU, kernels run in the interpreter."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import alrp_loss, ops
+from alrp_triton.kernels.costs import Breakpoints, Costs, Pairwise
 from perf import workloads
 
 triton = pytest.importorskip("triton")
@@ -80,6 +81,16 @@ def train(cell: workloads.Cell, launches: Launches, algorithm: str) -> None:
     with launches:
         cls, loc = alrp_loss(logits, inputs.targets, loc_errors, impl="triton", algorithm=algorithm)
         (cls + loc).backward()
+
+
+def test_launches_of_a_large_call(counted: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As "auto" chooses there: logits are looked up, and positives compared in pairs."""
+    costs = Costs(Pairwise(0.0, 1.0, 0.0, 0.0), Breakpoints(1.0, 0.0, 0.0))
+    monkeypatch.setattr(ops, "costs_for", lambda device, dtype: costs)
+    train(workloads.Cell(8000, 300, "mid"), counted, "auto")
+    kernels, operators = counted.numbers
+    assert kernels <= 22, counted.kernels
+    assert operators <= 46, counted.operators
 
 
 @pytest.mark.parametrize("positives", [1, 10, 300])

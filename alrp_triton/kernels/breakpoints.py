@@ -57,21 +57,23 @@ def _points_kernel(
     valid = s != float("-inf")
     place = tl.load(order + i, mask=mask, other=0)
     value = tl.load(values + place, mask=mask & valid, other=0.0)
+    nothing = tl.zeros((BLOCK,), tl.float64)
     for side in tl.static_range(3):
         at = tl.load(ranks + (2 + side) * positives + i, mask=mask, other=0)
         point, rest = add_exactly(s, (side - 1) * delta)
-        one, behind = tl.where(valid & (side == 1), 1.0, 0.0), valid
-        number, distance = 0.0 * one, 0.0 * one
-        if side != 1:
+        if side == 1:
+            behind, distance = valid, nothing
+            column = (nothing, valid.to(tl.float64), value)
+        else:
             edge = tl.load(ranks + side // 2 * positives + i, mask=mask, other=0)
             behind = tl.load(windows + edge, mask=mask, other=0) != 0
-            number = tl.load(numbers + edge, mask=mask, other=0.0)
             distance = tl.load(distances + edge, mask=mask, other=0.0)
+            column = (tl.load(numbers + edge, mask=mask, other=0.0), nothing, nothing)
         tl.store(high + at, point, mask=mask)
         tl.store(low + at, rest, mask=mask)
         tl.store(opened + at, behind.to(tl.int8), mask=mask)
-        _store_column(jump, at, (number, one, tl.where(side == 1, value, 0.0)), positives, mask)
-        _store_column(more, at, (distance, 0.0 * one, 0.0 * one), positives, mask)
+        _store_column(jump, at, column, positives, mask)
+        _store_column(more, at, (distance, nothing, nothing), positives, mask)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from .groups import Lines, by_level
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
+    have_patterns,
     lay_out_anchors,
     lay_out_lines,
     line_of_tile,
@@ -449,10 +450,12 @@ def count_negatives(
     packing = pack_levels(logits, number, tiles)
     exact = edges.scores.dtype == torch.float64
     units = _FINE.value if exact else 2.0**packing.bits
-    by_pattern = lines is None and logits and logits[0].element_size() == 2
+    patterns, device = None, edges.scores.device
+    if have_patterns(logits, lines):
+        patterns = torch.zeros((PATTERNS, tiles.lanes), dtype=torch.int32, device=device)
     # One vector, cleared at once.
-    sizes = (3 if exact else packing.copies) * number, 2 * number if by_pattern else 0, 1
-    zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=edges.scores.device)
+    sizes = (3 if exact else packing.copies) * number, 0 if patterns is None else 2 * number, 1
+    zeros = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
     words, sums, unordered = zeros.split(sizes)
     largest = torch.finfo(edges.scores.dtype).max
     add = {
@@ -464,13 +467,8 @@ def count_negatives(
         "most_bits": bits_of(units),
         "edges": number,
     }
-    patterns = None
     for level, target, of_level in zip(logits, targets, by_level(lines, logits), strict=True):
         for piece, beside, line, _ in pieces(level, target, of_level) if level.numel() else ():
-            if by_pattern and patterns is None:
-                patterns = torch.zeros(
-                    (PATTERNS, tiles.lanes), dtype=torch.int32, device=zeros.device
-                )
             per_logit = beside.dim() == piece.dim()
             programs = min(triton.cdiv(piece.numel(), tile), tiles.programs)
             _count_kernel[(programs,)](
@@ -514,7 +512,7 @@ def count_negatives(
     numbers, distances = edges.high.new_empty((2, number))
     _fold_kernel[(triton.cdiv(number, tiles.block),)](
         words=words,
-        sums=sums if by_pattern else None,
+        sums=None if patterns is None else sums,
         keys=edges.keys,
         high=edges.high,
         low=edges.low,

@@ -4,7 +4,7 @@ What reads a level in this way needs no strides and no division, but does not kn
 Where class indices tell, that is found out for the few that matter, anchor by anchor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,11 @@ def read_anchors(
     ignored = mask & (channel == ignore_index)
     positive = mask & (channel >= 0) & (channel < classes) & (channel != ignore_index)
     return row, place, channel, positive, ignored
+
+
+def have_patterns(logits: Sequence[Tensor], lines: Any) -> bool:
+    """Whether each bit pattern is looked up once: of 16-bit logits, which all lie on one line."""
+    return lines is None and any(level.numel() and level.element_size() == 2 for level in logits)
 
 
 def pieces_of(logits: Tensor) -> int:

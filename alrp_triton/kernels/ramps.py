@@ -12,6 +12,7 @@ from .groups import Lines, by_level
 from .levels import bits_of, jit, nan_maximum, real
 from .memory import (
     PATTERNS,
+    have_patterns,
     is_aligned,
     lay_out_anchors,
     lay_out_lines,
@@ -255,18 +256,18 @@ def write_gradient(
     ramps = _ramps(edges, weights, delta, tiles)
     number = edges.high.numel()
     patterns = None
+    if have_patterns(logits, lines):
+        patterns = logits[0].new_empty(PATTERNS)
+        _pattern_ramps_kernel[(PATTERNS // tiles.patterns,)](
+            logits=logits[0],
+            ramps=ramps,
+            out=patterns,
+            edges=number,
+            BLOCK=tiles.patterns,
+            **edges.look_up,
+        )
     for *level, out in zip(logits, targets, by_level(lines, logits), gradients, strict=True):
         for piece, beside, line, slot in pieces(*level, out) if out.numel() else ():
-            if piece.element_size() == 2 and lines is None and patterns is None:
-                patterns = piece.new_empty(PATTERNS)
-                _pattern_ramps_kernel[(PATTERNS // tiles.patterns,)](
-                    logits=piece,
-                    ramps=ramps,
-                    out=patterns,
-                    edges=number,
-                    BLOCK=tiles.patterns,
-                    **edges.look_up,
-                )
             per_logit = beside.dim() == piece.dim()
             tile = tiles.gradient_rows * tiles.lanes
             _gradient_kernel[(triton.cdiv(piece.numel(), tile),)](
