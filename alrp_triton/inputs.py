@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .error_driven import Ranking
-from .reference.layout import gather, is_positive
+from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, gather, is_positive
 
 LogitsOrLevels = Tensor | Sequence[Tensor]
 
@@ -35,10 +35,7 @@ def prepare_ranking(
     skew: float = 0.0,
 ) -> Ranking:
     """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
-        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
-    if not 0 <= delta < math.inf:
-        raise ValueError(f"delta: expected a finite number of at least 0, got {delta}")
+    check_delta(delta)
     if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if positives is not None and not isinstance(positives, Tensor):
@@ -84,6 +81,17 @@ def prepare_ranking(
         algorithm,
         skew,
     )
+
+
+def check_delta(delta: float) -> None:
+    """Raises TypeError or ValueError unless delta is a half-width that every algorithm takes."""
+    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
+    if delta != 0 and not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
+        raise ValueError(
+            f"delta: expected 0 or a number from {SMALLEST_DELTA:.2g} to {LARGEST_DELTA:.2g}, "
+            f"got {delta}"
+        )
 
 
 def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from perf import budgets
 from perf.launches import same
-from reference import edges as reference
-from reference import layout
+from alrp_triton.reference import edges as reference
+from alrp_triton.reference import layout
 
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")

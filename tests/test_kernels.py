@@ -23,7 +23,7 @@ from perf.budgets import (
     rounding_of_tiles,
 )
 from perf.launches import OnGrid, compiled_variants, same
-from reference import layout
+from alrp_triton.reference import layout
 
 pytest.importorskip("triton")
 pairwise = importlib.import_module("alrp_triton.kernels.pairwise")

@@ -9,7 +9,7 @@ import torch
 
 from perf import budgets
 from perf.launches import same
-from reference import layout
+from alrp_triton.reference import layout
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.pairwise")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perf.budgets import IGNORE, to_device
-from reference import layout
+from alrp_triton.reference import layout
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.locate")

@@ -11,7 +11,7 @@ import torch
 
 from perf.budgets import IGNORE
 from perf.parity_checks import Size, draw_case, judge
-from reference import edges as reference
+from alrp_triton.reference import edges as reference
 
 pytest.importorskip("triton")
 locate = importlib.import_module("alrp_triton.kernels.locate").locate

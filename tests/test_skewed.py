@@ -16,7 +16,7 @@ from alrp_triton.errors import ap_errors
 from perf.budgets import IGNORE, Case, Rounding, pair_error, reach_of, rounding_of, torch_error
 from perf.launches import same
 from perf.parity_checks import Size, edge_cases
-from reference import layout, pairwise, skewed
+from alrp_triton.reference import layout, pairwise, skewed
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.skewed")
