@@ -30,9 +30,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def finite(scores: Tensor) -> Tensor:
-    """Scores in their compute dtype, with -inf and +inf replaced by -`LARGEST` and `LARGEST`."""
-    return scores.to(compute_dtype(scores.dtype)).clamp(-LARGEST, LARGEST)
+def finite(scores: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scores in their compute dtype, those beyond `LARGEST`, and -inf and +inf, moved there.
+
+    Written to `out` of that dtype, if given.
+    """
+    return torch.clamp(scores.to(compute_dtype(scores.dtype)), -LARGEST, LARGEST, out=out)
 
 
 def is_positive(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

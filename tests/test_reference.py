@@ -206,7 +206,7 @@ def test_the_table_finds_the_intervals_that_a_search_finds(
         key = found.key
         far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
         near = [key, key.nextafter(key + 1), key.nextafter(key - 1)]
-        given = found.within_bounds(torch.cat([*near, logits.flatten().to(dtype), far]))
+        given = layout.finite(torch.cat([*near, logits.flatten().to(dtype), far]))
         expected = torch.bucketize(given, key, right=True)
         got = found.look_up(given, None, Scratch())
         assert ((got >= 0) & (got <= key.numel())).all()
