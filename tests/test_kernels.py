@@ -456,6 +456,75 @@ def test_infinite_logits(dtype: torch.dtype, delta: float) -> None:
     assert all(x.isfinite().all() for x in (*case.count(), *case.gradient()))
 
 
+# (group, target) of anchors of one class, in two tiles of 8 and a part of one. In group 0 there is
+# padding alone, in group 3 nobody, and the second tile lies in it as a whole.
+_PLACES = {
+    "positive": (1, 0),
+    "negative": (1, -1),
+    "positive of another group": (2, 0),
+    "negative of another group": (2, -1),
+    "beside padding alone": (0, -1),
+    "beside nobody": (3, -1),
+    "ignored": (1, IGNORE),
+    "last of a tile": (3, -1),
+    **{f"tile of nobody, {place}": (3, -1) for place in range(8)},
+    "behind the tiles": (0, -1),
+    "ignored behind the tiles": (0, IGNORE),
+    "last": (2, -1),
+}
+_UNSEEN = [name for name, (group, target) in _PLACES.items() if group in (0, 3) or target == IGNORE]
+
+
+def _with(
+    value: float, places: list[str], form: Callable, grouped: bool, delta: float, dtype: torch.dtype
+) -> Case:
+    """A call of `_PLACES`, with padding and with a value in some of them."""
+    groups, targets = (x[:, None] for x in torch.tensor(list(_PLACES.values())).T)
+    if form is per_logit:
+        targets = torch.where(targets == IGNORE, -1, targets + 1)[:, :, None]
+    logits = torch.randn(len(_PLACES), 1, 1).to(dtype)
+    logits[[list(_PLACES).index(name) for name in places]] = value
+    return make(logits, targets, delta, 2, groups.view(targets.shape) if grouped else None)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # by numpy, to inf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_infinite_logit_in_every_place(grouped: bool, dtype: torch.dtype) -> None:
+    """Also where nobody looks: no positive stands in its group, or nothing but padding."""
+    for form, delta in zip(FORMS, (0.0, 1.0), strict=True):
+        check(_with(torch.inf, _UNSEEN, form, grouped, delta, dtype))
+        check(_with(torch.inf, ["negative", "last", "beside nobody"], form, grouped, delta, dtype))
+        check(_with(-torch.inf, ["positive", "last", "last of a tile"], form, grouped, 1.0, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_padding_alone_looks_at_nothing(grouped: bool, dtype: torch.dtype) -> None:
+    """Whatever the logits are, in the group of the padding and in another."""
+    logits = torch.randn(20, 1, 1).to(dtype)
+    logits[[0, 7, 19]], logits[[1, 8]], logits[[2, 5]] = torch.inf, -torch.inf, torch.nan
+    groups = torch.tensor([0, 1] * 10)[:, None] if grouped else None
+    for targets, delta in ((torch.full((20, 1), -1), 0.0), (torch.zeros(20, 1, 1), 1.0)):
+        shaped = groups if groups is None else groups.view(targets.shape)
+        case = make(logits, targets, delta, 3, shaped)
+        assert torch.stack(case.count()).T.tolist() == [[0.0, 1.0, 0.0]] * 3
+        assert case.gradient()[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("delta", [0.0, 2.0**60])
+def test_logits_beyond_the_largest_tie(dtype: torch.dtype, delta: float) -> None:
+    """At -2^125 and 2^125, beside positives that stand there, and beside some that nearly do."""
+    powers = 2 ** torch.tensor([123.0, 124.5, 124.99, 125.0, 125.5, 127.0])
+    ends = torch.cat([-powers, powers, torch.tensor([-torch.inf, torch.inf])])
+    logits = torch.cat([ends, ends])[:, None, None].to(dtype)
+    for positives in (range(14), [1], [7, 8]):
+        targets = torch.full((28, 1), -1)
+        targets[list(positives)] = 0
+        check(make(logits, targets, delta, 1))
+
+
 @pytest.mark.parametrize("outlier", [-40.0, 1e4])
 def test_one_outlier(outlier: float) -> None:
     logits = torch.randn(30, 2, 1)

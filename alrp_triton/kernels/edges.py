@@ -142,13 +142,13 @@ def _merge_kernel(
     first = tl.load(scores + start + padding, mask=ends_here & finite, other=0.0).to(tl.float64)
     first, first_low = add_exactly(first, -delta)
     first = _round_up(first, first_low, keys.dtype.element_ty)
-    # +inf is ranked as LARGEST. A logit of -inf is ranked as -LARGEST, and so may be relevant.
+    # What lies beyond LARGEST is ranked as LARGEST. So -inf is relevant where -LARGEST is.
     last = tl.where(finite, tl.minimum(upper_key, LARGEST), first)
-    lowest = tl.where(first > -LARGEST / 2, first, float("-inf"))
+    lowest = tl.where(first > -LARGEST, first, float("-inf"))
     number = cells * (end - start)
     width = tl.maximum(last - first, number * 1.2e-38)  # which keeps the scale finite
     at = limits + 4 * start
-    tl.store(at, tl.where(finite, lowest, float("inf")), mask=ends_here)
+    tl.store(at, tl.where(finite, lowest, float("nan")), mask=ends_here)
     tl.store(at + 1, first, mask=ends_here)
     tl.store(at + 2, last, mask=ends_here)
     # Not even a division that is off by two units may lead behind the last cell.
@@ -179,7 +179,7 @@ def _write_rest(keys, limits, i, positives, steps):
     for part in tl.static_range(4):
         behind = part * positives + i
         tl.store(keys + behind, float("inf"), mask=(i < positives) & (behind < (1 << steps)))
-    tl.store(limits + i, tl.where(i == 0, float("inf"), 0.0), mask=i < 4)
+    tl.store(limits + i, tl.where(i == 0, float("nan"), 0.0), mask=i < 4)
 
 
 @triton.jit
@@ -206,7 +206,10 @@ def _bits_before(dtype: tl.constexpr):
 
 @triton.jit
 def read_limits(limits, line):
-    """(lowest relevant logit, first edge, last edge, cells a unit) of a line, or of many."""
+    """(lowest relevant logit, first edge, last edge, cells a unit) of a line, or of many.
+
+    The lowest is NaN where nothing is relevant: not even an infinite logit is at or above that.
+    """
     at = limits + 4 * line
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 

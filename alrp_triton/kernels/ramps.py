@@ -117,7 +117,7 @@ def _read_ramp(ramps, place, edges):
 
 @triton.jit
 def _evaluate(s, line, limits, look_up, ramps, edges):
-    """The gradient at scores that may be anything; `limits[0]` is inf where nobody is positive."""
+    """The gradient at scores that may be anything; a NaN gets what one relevant to nobody gets."""
     inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
     found = find(inner, line, limits, look_up)
     value, slope = _read_ramp(ramps, found, edges)
