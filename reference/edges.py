@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .layout import LARGEST
-from .lines import Lines, sort_lines, sum_along
+from .lines import Lines, sort_lines
 from .runs import find
 from .scratch import Scratch
+from .sums import running_sum, sum_along
 
 # Cells of the table that tells most scores their interval without a search.
 CELLS = 1 << 16
@@ -64,12 +65,12 @@ class Edges:
 
     def running_sum(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line up to each."""
-        return x.cumsum(-1) if self.lines is None else sum_along(x, self.lines.before)
+        return running_sum(x) if self.lines is None else sum_along(x, self.lines.before)
 
     def sum_from_above(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line from each on."""
         if self.lines is None:
-            return x.flip(-1).cumsum_(-1).flip(-1)
+            return running_sum(x.flip(-1)).flip(-1)
         return sum_along(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
     @cached_property

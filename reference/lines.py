@@ -77,17 +77,3 @@ def sort_lines(own_groups: Tensor, by_score: Tensor, place: Tensor) -> tuple[Lin
     before = intervals.repeat_interleave(intervals) - 1 - behind
     codes = line * (order.numel() + 1) + order + 1
     return Lines(groups, own, codes, before, behind), interval[place]
-
-
-def sum_along(x: Tensor, before: Tensor) -> Tensor:
-    """(..., I) running sums that start anew with each line.
-
-    By doubling: after a round of length n each sum holds the last 2n summands of its line. So
-    nothing of another line is ever added, which would have to be taken away again.
-    """
-    x = x.clone()
-    length = 1
-    while length <= int(before.max()):
-        x[..., length:] += x[..., :-length].where(before[length:] >= length, 0)
-        length *= 2
-    return x
