@@ -27,6 +27,12 @@ SCORES_PER_CELL = 4  # at least so many: fewer scores do not pay for a table as 
 FEWEST_CELLS = 64
 MOST_CELLS = 1 << 24  # so that each has its number in float32
 
+# Most edges are all but one in so many at either end. Where all together reach so many times as far
+# as most, the cells reach so many times the length of most beyond these.
+AT_AN_END = 8
+FAR = 1024
+REACH = 8
+
 # So few scores are searched for one by one, and sorted as they are: the table, or integers made of
 # them, would cost more.
 FEW = 1 << 14
@@ -130,8 +136,19 @@ class Edges:
 
     @cached_property
     def _grid(self) -> tuple[float, float]:
-        """Where the cells begin, below all edges, and how many there are to a unit of the score."""
+        """Where the cells begin, and how many there are to a unit of the score.
+
+        They reach from below all edges to above them; but where a few edges are far away, from
+        below most to above most, or these would share a few cells. Scores beyond have the first
+        cell or the last, where they are searched for.
+        """
         first, last = self.key[0].item(), self.key[-1].item()
+        few = max(2, self.key.numel() // AT_AN_END)
+        if self.key.numel() > 2 * few:
+            low, high = self.key[few].item(), self.key[-1 - few].item()
+            if 0 < FAR * (high - low) < last - first:
+                reach = REACH * (high - low)
+                first, last = max(first, low - reach), min(last, high + reach)
         unit = torch.finfo(self.key.dtype)
         margin = max(
             1.5 * (last - first) / (self.cells - 4),
