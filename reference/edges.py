@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .layout import LARGEST
-from .lines import Lines, sort_lines, sum_along
+from .lines import Lines, sort_lines
 from .runs import find
 from .scratch import Scratch
+from .sums import running_sum, sum_along
 
 # Cells of the table that tells most scores their interval without a search.
 CELLS = 1 << 16
@@ -25,6 +26,12 @@ CELLS_PER_EDGE = 4  # if that is more: with 50,000 positives 2^16 would leave mo
 SCORES_PER_CELL = 4  # at least so many: fewer scores do not pay for a table as fine as that
 FEWEST_CELLS = 64
 MOST_CELLS = 1 << 24  # so that each has its number in float32
+
+# Most edges are all but one in so many at either end. Where all together reach so many times as far
+# as most, the cells reach so many times the length of most beyond these.
+AT_AN_END = 8
+FAR = 1024
+REACH = 8
 
 # So few scores are searched for one by one, and sorted as they are: the table, or integers made of
 # them, would cost more.
@@ -64,12 +71,12 @@ class Edges:
 
     def running_sum(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line up to each."""
-        return x.cumsum(-1) if self.lines is None else sum_along(x, self.lines.before)
+        return running_sum(x) if self.lines is None else sum_along(x, self.lines.before)
 
     def sum_from_above(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line from each on."""
         if self.lines is None:
-            return x.flip(-1).cumsum_(-1).flip(-1)
+            return running_sum(x.flip(-1)).flip(-1)
         return sum_along(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
     @cached_property
@@ -129,8 +136,19 @@ class Edges:
 
     @cached_property
     def _grid(self) -> tuple[float, float]:
-        """Where the cells begin, below all edges, and how many there are to a unit of the score."""
+        """Where the cells begin, and how many there are to a unit of the score.
+
+        They reach from below all edges to above them; but where a few edges are far away, from
+        below most to above most, or these would share a few cells. Scores beyond have the first
+        cell or the last, where they are searched for.
+        """
         first, last = self.key[0].item(), self.key[-1].item()
+        few = max(2, self.key.numel() // AT_AN_END)
+        if self.key.numel() > 2 * few:
+            low, high = self.key[few].item(), self.key[-1 - few].item()
+            if 0 < FAR * (high - low) < last - first:
+                reach = REACH * (high - low)
+                first, last = max(first, low - reach), min(last, high + reach)
         unit = torch.finfo(self.key.dtype)
         margin = max(
             1.5 * (last - first) / (self.cells - 4),

@@ -108,6 +108,78 @@ def test_every_score_has_a_cell_of_the_table(seed, kinds, positives, dtype, delt
             assert torch.equal(told[: ordered.numel()], values[expected])
 
 
+@pytest.mark.parametrize("far", [[1e6], [math.inf], [-math.inf], [math.inf, -1e9], [1e30] * 25])
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_far_positives_leave_the_cells_to_the_others(dtype, delta, far):
+    """Of 10,000 scores few are searched for; with cells up to the far ones it would be most."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(250, dtype=dtype, generator=generator)
+    others = 3 * torch.randn(10_000, dtype=dtype, generator=generator)
+    for own in (scores, torch.cat([scores, layout.finite(scores.new_tensor(far))])):
+        found = edges.sort_edges(own, delta, looked_up=1 << 20)
+        cell = found._cell(others, Scratch(), ordered=True)
+        assert (found._cells[cell] >= edges.OPEN).sum() < 1000
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [0],
+        [-(2**63), 2**63 - 1],
+        [-(2**63)],
+        [2**63 - 1, 2**63 - 2],
+        [3, -4, 1000],
+        [0, lines.NUMBERS - 3],
+        [0, lines.NUMBERS - 2],
+        [0, lines.NUMBERS],
+    ],
+)
+def test_groups_have_the_lines_of_their_positives(groups):
+    """Told by a table or searched for; all without a positive share the line behind the last."""
+    own = torch.tensor(groups * 2)
+    scores = torch.randn(own.numel())
+    got = edges.sort_edges(scores, 1.0, own).lines
+    limits = [-(2**63), -(2**63) + 1, 2**63 - 2, 2**63 - 1]
+    near = [g + k for g in groups for k in (-1, 0, 1) if -(2**63) <= g + k < 2**63]
+    asked = torch.tensor([*limits, -1, 0, 1, *near])
+    line = {group: place for place, group in enumerate(sorted(groups))}
+    expected = [line.get(group, len(groups)) for group in asked.tolist()]
+    assert got.of(asked).tolist() == expected
+    square = asked[:4].reshape(2, 2).t()  # not contiguous
+    assert got.of(square).tolist() == torch.tensor(expected[:4]).reshape(2, 2).t().tolist()
+    assert got.of(torch.tensor([3, -1], dtype=torch.int32)).tolist() == [
+        line.get(group, len(groups)) for group in (3, -1)
+    ]
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("few", [0, edges.FEW])
+@pytest.mark.parametrize("module", [pairwise, breakpoints])
+def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
+    """Finite or not, in the counts and in the gradient, at negatives and positives."""
+    logits = torch.tensor([0.99, 1, 1.01, 1.5, 2, 3, 1, math.inf, 1.2] * 2, dtype=torch.float64)
+    logits = (logits * LARGEST).where(torch.arange(18) < 9, -logits * LARGEST).to(dtype)
+    targets = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1]]).tile(2).reshape(-1, 1, 1)
+    counted = []
+    for x in (logits, logits.clamp(-LARGEST, LARGEST)):
+        levels = [x.reshape(-1, 1, 1)]
+        index, scores = layout.locate(levels, [targets], None, 6, True, IGNORE)
+        weights = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        with mock.patch.object(edges, "FEW", few):
+            settings = delta, IGNORE
+            got = module.count(levels, [targets], scores, weights, *settings)
+            own = index, scores, weights, -weights
+            counted.append([*got, *module.gradient(levels, [targets], *own, *settings)])
+    for a, b in zip(*counted, strict=True):
+        assert torch.equal(a, b)
+    each = 1.0 if delta == 0 else 0.5
+    nfp, gradient = counted[0][0].tolist(), counted[0][3].flatten().tolist()
+    assert nfp == [5 * each] * 3 + [7 + 5 * each] * 3
+    assert len(set(gradient[1:6])) == 1 == len(set(gradient[10:15]))
+
+
 @st.composite
 def thresholds(draw):
     """Every threshold of the code: as it is, or so low that it is crossed."""
@@ -121,6 +193,9 @@ def thresholds(draw):
             SCORES_PER_CELL=draw(st.sampled_from([1, edges.SCORES_PER_CELL])),
             FEWEST_CELLS=draw(st.sampled_from([6, edges.FEWEST_CELLS])),
             MOST_CELLS=draw(st.sampled_from([6, 100, edges.MOST_CELLS])),
+            AT_AN_END=draw(st.sampled_from([2, edges.AT_AN_END])),
+            FAR=draw(st.sampled_from([1, 3, edges.FAR])),
+            REACH=draw(st.sampled_from([0.1, edges.REACH])),
         ),
         mock.patch.multiple(
             breakpoints,
@@ -134,7 +209,11 @@ def thresholds(draw):
             MANY=draw(st.sampled_from([-1.0, survey.MANY, 1.0])),
         ),
         mock.patch.object(layout, "CHUNK", draw(st.sampled_from([20, 63, 100, layout.CHUNK]))),
-        mock.patch.object(lines, "TABLE", draw(st.sampled_from([0, 50, lines.TABLE]))),
+        mock.patch.multiple(
+            lines,
+            TABLE=draw(st.sampled_from([0, 50, lines.TABLE])),
+            NUMBERS=draw(st.sampled_from([0, 5, lines.NUMBERS])),
+        ),
         mock.patch.object(pairwise, "PAIRS", draw(st.sampled_from([5000, pairwise.PAIRS]))),
     ]
 
@@ -155,7 +234,8 @@ def cases(draw):
         target = torch.where(chance < density, 1, torch.where(chance > 0.9, -1, 0))
         target.view(-1)[0] = 1
         targets.append(target)
-        groups.append(torch.randint(-2, 3, shape, generator=generator))
+        group = torch.randint(-2, 3, shape, generator=generator)
+        groups.append(group * draw(st.sampled_from([1, 2**40, -(2**62)])))
     return logits, targets, groups if draw(st.booleans()) else [], delta, generator
 
 
