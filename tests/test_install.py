@@ -1,4 +1,4 @@
-"""The package as its users have it: installed from a checkout, with and without `-e`, and packed."""
+"""The package as its users have it: installed from a checkout, with and without `-e`; packed."""
 
 from __future__ import annotations
 
