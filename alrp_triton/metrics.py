@@ -73,8 +73,8 @@ except (ImportError, RuntimeError):  # RuntimeError: its torchvision is for anot
                 setattr(self, name, earlier + getattr(self, name))
             return result
 
-        def _apply(self, fn: Callable, *args: Any) -> nn.Module:
-            super()._apply(fn, *args)
+        def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+            super()._apply(fn, recurse)
             self._device = fn(torch.zeros(1, device=self._device)).device
             return self
 
@@ -236,13 +236,13 @@ class LRP(Metric):
 
         return shaped
 
-    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> LRP:
+    def _apply(self, fn: Callable, *_: Any, **__: Any) -> LRP:
         """Moves the states along, but casts none: float64 is what the sums are exact in."""
         states = self._states()
         with self._unchanged_by_errors():
             self._place(dict.fromkeys(states, ()))
             self._computed = None  # or torchmetrics casts it
-            super()._apply(fn, *args, **kwargs)
+            super()._apply(fn)  # not `recurse`, which torchmetrics does not know
             self._place(states)
         return self
 

@@ -899,6 +899,8 @@ def test_no_cast_touches_what_is_kept():
         lambda metric: torch.nn.ModuleList([metric]).to(torch.float16),
         lambda metric: torch.nn.ModuleList([metric]).half(),
         lambda metric: metric.to("cpu", torch.float16),
+        lambda metric: metric.to_empty(device="cpu"),
+        lambda metric: torch.nn.ModuleList([metric]).to_empty(device="cpu"),
     ]
     if hasattr(LRP, "set_dtype"):
         casts.append(lambda metric: metric.set_dtype(torch.float16))
@@ -1212,10 +1214,9 @@ def test_correlation_by_hand():
 
 
 def test_correlation_of_many_is_exact():
-    """Of 3.2 million ranks the squares sum up to more than 2^63."""
-    scores = torch.rand(3_200_000, dtype=torch.float64)
-    assert score_iou_correlation(scores, scores * 2).item() == 1
-    assert score_iou_correlation(scores, -scores).item() == -1
+    """Of 3.1 million ranks the squares sum up to more than 2^63."""
+    scores = torch.rand(3_100_000, dtype=torch.float64)
+    assert score_iou_correlation(scores, -2 * scores).item() == -1
 
 
 def test_any_scores_are_ranked():
@@ -1438,7 +1439,7 @@ def test_one_class_keeps_its_dimension():
 
 
 def test_over_ranks(tmp_path):
-    """Of four processes two see 2 and 3 images, one an empty update, one none: all compute one."""
+    """Of three processes two see 2 and 3 images and one none: all compute what one would."""
     pytest.importorskip("torchmetrics")
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
@@ -1449,12 +1450,13 @@ def test_over_ranks(tmp_path):
             import torch.distributed as dist
             from tests.test_metrics import *
             rank, file = int(sys.argv[1]), sys.argv[2]
-            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
+            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=3)
             preds, target = random_images(5, seed=9)
             metric = LRP(areas=COCO_AREAS)
-            own = [slice(0, 2), slice(2, 5), slice(0, 0), None][rank]
+            own = [slice(0, 2), slice(2, 5), None][rank]
             if own:
                 metric.update(preds[own], target[own])
+                metric.update([], [])
             result = metric.compute()
             print([result[name].tolist() for name in ("olrp", "olrp_small", "thresholds")])
             dist.destroy_process_group()
@@ -1462,7 +1464,7 @@ def test_over_ranks(tmp_path):
             str(rank),
             str(tmp_path / "rendezvous"),
         )
-        for rank in range(4)
+        for rank in range(3)
     ]
     expected = evaluate(*random_images(5, seed=9), areas=COCO_AREAS)
     for process in ranks:
