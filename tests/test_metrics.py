@@ -1066,7 +1066,7 @@ def test_scripted_models_may_hold_the_metric():
             return x + 1
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         assert torch.jit.script(Model())(torch.zeros(1)).item() == 1
 
 
