@@ -103,7 +103,7 @@ class ALRPLoss(_RankingLoss):
     A call below `torch.utils.checkpoint` counts once. With `use_reentrant=True` that is in
     backward, so of several such calls before one backward a later weight may be used there; with
     `use_reentrant=False` backward has the weight that forward returned. Compiled, a loss below an
-    eager checkpoint counts twice, and before torch 2.7 below a compiled one too.
+    eager checkpoint counts twice, and on torch 2.6 below a compiled one too.
 
     Example:
         >>> criterion = ALRPLoss(balance=SelfBalance(period=1000))
