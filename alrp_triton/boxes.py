@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -178,8 +179,12 @@ def _check(pred_boxes: Tensor, target_boxes: Tensor, kind: str, tau: float) -> N
 
 
 def check_kind(kind: str, tau: float, name: str = "kind") -> None:
-    """Raises ValueError if there is no such error; the caller knows the kind by `name`."""
+    """Raises TypeError or ValueError if there is no such error; to the caller `kind` is `name`."""
+    if not isinstance(kind, str):
+        raise TypeError(f"{name}: expected one of {', '.join(KINDS)}, got {type(kind).__name__}")
     if kind not in KINDS:
         raise ValueError(f"{name}: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if isinstance(tau, bool) or not isinstance(tau, Real):
+        raise TypeError(f"tau: expected a number in [0, 1), got {type(tau).__name__}")
     if not 0 <= tau < 1:
         raise ValueError(f"tau: expected a number in [0, 1), got {tau}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -36,8 +37,7 @@ def prepare_ranking(
 ) -> Ranking:
     """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
     check_delta(delta)
-    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    check_ignore_index(ignore_index)
     if positives is not None and not isinstance(positives, Tensor):
         raise TypeError(f"positives: expected an int64 tensor, got {type(positives).__name__}")
     ops.check_backend(impl, algorithm)
@@ -85,13 +85,21 @@ def prepare_ranking(
 
 def check_delta(delta: float) -> None:
     """Raises TypeError or ValueError unless delta is a half-width that every algorithm takes."""
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+    if isinstance(delta, bool) or not isinstance(delta, Real):
         raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
     if delta != 0 and not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
         raise ValueError(
             f"delta: expected 0 or a number from {SMALLEST_DELTA:.2g} to {LARGEST_DELTA:.2g}, "
             f"got {delta}"
         )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Raises TypeError or ValueError unless it is an integer that targets can hold."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index}")
 
 
 def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:
