@@ -31,7 +31,8 @@ def on_a_gpu(monkeypatch, tmp_path):
 
 
 def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    content = content if isinstance(content, str) else json.dumps(content)
+    path.write_text(content, encoding="utf-8")
     tuned.forget()
 
 
@@ -144,7 +145,29 @@ def prices(algorithm, **changed):
         (entry("breakpoints", {"few": 8}), r"breakpoints\[0\]: unknown few"),
         (entry("breakpoints", {"programs": 1000}), "programs: expected a power of two"),
         (entry("breakpoints", {"count_rows": 256}), "count_rows: 32 bits"),
-        (entry("breakpoints", {"patterns": 1 << 17}), "patterns: there are no more"),
+        (entry("breakpoints", {"patterns": 1 << 17}), "patterns: expected at most 65536"),
+        (entry("breakpoints", {"patterns": 1 << 16}), "patterns: no tensor may be so large"),
+        (entry("breakpoints", {"lanes": 128}), "lanes: expected at most 64, got 128"),
+        (entry("breakpoints", {"gradient_rows": 1 << 40}), "gradient_rows: expected at most 1024"),
+        (entry("breakpoints", {"programs": 1 << 21}), "programs: expected at most 1048576"),
+        (entry("breakpoints", {"block": True}), "block: expected a power of two, got True"),
+        (entry(tiles={"count_block": 1 << 11}), "count_block: expected at most 1024, got 2048"),
+        (entry(tiles={"count_block": 1024, "count_rows": 64}), "count_block, gradient_rows: no"),
+        (entry(tiles={"gradient_rows": 1024, "gradient_warps": 32, "lanes": 64}), "no tensor"),
+        (entry(tiles={"gradient_warps": 64}), "gradient_warps: expected at most 32"),
+        (entry(tiles={"count_stages": 9}), "count_stages: expected at most 8"),
+        (entry(tiles={"count_programs": 1 << 40}), "count_programs: expected at most 1048576"),
+        (entry(tiles={"count_fold": 1 << 40}), "count_fold: expected at most 1048576"),
+        (entry(tiles={"few": 2.0}), "few: expected a power of two, got 2.0"),
+        (entry(positives=[-1, 5]), r"positives: expected .* got \[-1, 5\]"),
+        (entry(logits=[1, True]), r"logits: expected .* got \[1, True\]"),
+        (entry(dtype=["float32"]), r"dtype: expected one of .* got \['float32'\]"),
+        ("[" * 100_000, "recursion"),
+        ("[" * 200 + "]" * 200, "expected an object"),
+        ('{"pairwise": ' + "[" * 900 + "]" * 900 + "}", "expected an object|recursion"),
+        ("1" * 5000, "4300 digits|expected an object"),
+        ("\ufeff{}", "BOM"),
+        ("", "Expecting value"),
         ({"costs": []}, "expected an object"),
         ({"costs": {"float64": PRICES}}, "unknown float64"),
         ({"costs": {"float32": {"pairwise": {}}}}, "costs of float32: missing breakpoints"),
@@ -152,6 +175,9 @@ def prices(algorithm, **changed):
         (prices("pairwise", pair=-1), "costs of 16-bit: pairwise: pair: expected seconds, got -1"),
         (prices("breakpoints", logit=float("nan")), "breakpoints: logit: expected seconds"),
         (prices("breakpoints", logit="1e-12"), "breakpoints: logit: expected seconds"),
+        (prices("breakpoints", logit=True), "breakpoints: logit: expected seconds, got True"),
+        (prices("pairwise", call=float("inf")), "pairwise: call: expected seconds, got inf"),
+        (prices("pairwise", call=10**400), "pairwise: call: expected seconds, got 1000"),
         (prices("breakpoints", pair=1), "unknown pair"),
     ],
 )
@@ -167,8 +193,63 @@ def test_a_file_that_is_not_understood_is_an_error_that_names_it(on_a_gpu, conte
         assert str(on_a_gpu) in str(error.value)
 
 
+def _not_utf_8(path):
+    path.write_bytes(b'{"costs": "\xff"}')
+
+
+def _endless(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to("nothing"), "No such file"),
+        (_endless, "symbolic links"),
+        (_not_utf_8, "decode"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_the_same_error(on_a_gpu, make, reason):
+    make(on_a_gpu)
+    tuned.forget()
+    with pytest.raises(ValueError, match=reason) as error:
+        tuned.costs_for(GPU, torch.float32)
+    assert str(error.value).startswith(f"{on_a_gpu}: not a file of tuned sizes and costs: ")
+
+
+def test_a_file_without_permission_is_the_same_error(on_a_gpu, monkeypatch):
+    """Whoever runs the tests may read everything."""
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    write(on_a_gpu, {})
+    monkeypatch.setattr(type(on_a_gpu), "read_text", refuse)
+    with pytest.raises(ValueError, match="Permission denied") as error:
+        tuned.costs_for(GPU, torch.float32)
+    assert str(on_a_gpu) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "broken link"])
+def test_a_users_directory_has_to_be_there(on_a_gpu, tmp_path, monkeypatch, kind):
+    """Or a mistyped name would leave the defaults in silence."""
+    folder = tmp_path / "here"
+    if kind == "file":
+        folder.touch()
+    elif kind == "broken link":
+        folder.symlink_to("nothing")
+    monkeypatch.setenv("ALRP_TRITON_TILES", str(folder))
+    for read in (tuned.tiles_for, tuned.breakpoint_tiles_for):
+        with pytest.raises(ValueError, match=r"^ALRP_TRITON_TILES: expected a directory") as error:
+            read(GPU, torch.float32, 500, 1 << 24)
+        assert str(folder) in str(error.value)
+    monkeypatch.setenv("ALRP_TRITON_TILES", "")
+    assert tuned.tiles_for(GPU, torch.float32, 500, 1 << 24) == Tiles()
+
+
 def test_the_defaults_are_sizes_that_kernels_can_take():
     for lanes in (32, 64):
         for dtype in (torch.float32, torch.float64):
             default_breakpoint_tiles(lanes, dtype).check()
-    BreakpointTiles(count_rows=128, patterns=1 << 16).check()
+    BreakpointTiles(count_rows=128, patterns=1 << 15).check()

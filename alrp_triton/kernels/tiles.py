@@ -5,11 +5,27 @@ What was found best on a known GPU is read by `tuned`, class of calls by class o
 
 from __future__ import annotations
 
+import reprlib
 from typing import NamedTuple, TypeVar
 
 import torch
 
 DTYPES = ("float32", "16-bit")  # what sizes are tuned for
+
+_MOST_ENTRIES = 1 << 20  # of a tensor in a kernel, says Triton
+
+# The largest size of each kind, and 1024 of what is not here: above them nothing is any faster, and
+# compilers, memory or the grid give out.
+_MOST = {
+    "lanes": 64,
+    "count_warps": 32,
+    "gradient_warps": 32,
+    "count_stages": 8,
+    "count_fold": 1 << 20,
+    "count_programs": 1 << 20,
+    "programs": 1 << 20,
+    "patterns": 1 << 16,
+}
 
 
 class Tiles(NamedTuple):
@@ -37,12 +53,16 @@ class Tiles(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError if a kernel could not take these sizes, or sum in float32 over them."""
-        _expect_powers_of_two(self, but="count_stages")
+        _expect_sizes(self, but="count_stages")
         if self.few > min(self.count_block, self.gradient_block):
             raise ValueError(f"few: expected no more than the blocks, got {self.few}")
         if self.gradient_fold > self.gradient_block:
             raise ValueError(f"gradient_fold: expected no more than the block, got {self}")
-        if self.count_fold * self.count_rows * self.count_warps * self.lanes >= 1 << 24:
+        tile = self.count_rows * self.lanes * self.count_warps
+        of_gradient = self.gradient_rows * self.lanes * self.gradient_warps
+        if max(tile * self.count_block, of_gradient) > _MOST_ENTRIES:
+            raise ValueError(f"count_block, gradient_rows: no tensor may be so large, got {self}")
+        if self.count_fold * tile >= 1 << 24:
             raise ValueError(f"count_fold: float32 cannot sum so many, got {self}")
 
 
@@ -62,22 +82,26 @@ class BreakpointTiles(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError if a kernel could not take these sizes, or sum in integers by them."""
-        _expect_powers_of_two(self)
+        _expect_sizes(self)
         if self.count_rows > 128:
             raise ValueError(
                 f"count_rows: 32 bits cannot sum so many distances, got {self.count_rows}"
             )
-        if self.patterns > 1 << 16:
-            raise ValueError(f"patterns: there are no more than 65,536, got {self.patterns}")
+        if self.patterns * self.lanes > _MOST_ENTRIES:
+            raise ValueError(f"patterns: no tensor may be so large, got {self}")
 
 
 AnyTiles = TypeVar("AnyTiles", Tiles, BreakpointTiles)
 
 
-def _expect_powers_of_two(tiles: Tiles | BreakpointTiles, but: str = "") -> None:
+def _expect_sizes(tiles: Tiles | BreakpointTiles, but: str = "") -> None:
+    """Raises ValueError unless all are powers of two (`but` any number) that a GPU could take."""
     for name, size in tiles._asdict().items():
+        most = _MOST.get(name, 1024)
         if type(size) is not int or size < 1 or (size & (size - 1) and name != but):
-            raise ValueError(f"{name}: expected a power of two, got {size!r}")
+            raise ValueError(f"{name}: expected a power of two, got {reprlib.repr(size)}")
+        if size > most:
+            raise ValueError(f"{name}: expected at most {most}, got {reprlib.repr(size)}")
 
 
 class Class(NamedTuple):

@@ -18,9 +18,9 @@ its entries differ.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -42,6 +42,8 @@ from .tiles import (
 )
 
 FOLDER = "ALRP_TRITON_TILES"  # the environment variable that names a user's directory
+
+_DEAREST = 1e6  # seconds that anything may cost
 
 
 class Tuned(NamedTuple):
@@ -66,7 +68,8 @@ def tiles_for(device: torch.device, dtype: torch.dtype, positives: int, logits: 
     """The sizes of the pairwise kernels for a call of P positives (padding too) and N logits.
 
     Raises:
-        ValueError: if the file for this GPU is not as described above.
+        ValueError: if the file for this GPU is not as described above, or ALRP_TRITON_TILES names
+            no directory.
     """
     default = defaults_for(device, dtype).pairwise
     return choose(_of_device(device).pairwise, default, dtype, positives, logits)
@@ -105,7 +108,7 @@ def find_file(gpu: str, folder: str | None) -> Path | None:
     """The user's file for a GPU, or that shipped, or None."""
     folders = [Path(folder)] if folder else []
     for place in [*folders, Path(__file__).with_name("tiles")]:
-        if (path := place / file_name(gpu)).exists():
+        if os.path.lexists(path := place / file_name(gpu)):
             return path
     return None
 
@@ -126,6 +129,8 @@ def _of_device(device: torch.device) -> Tuned:
 
 @cache
 def _of_gpu(gpu: str, defaults: Defaults, folder: str | None) -> Tuned:
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"{FOLDER}: expected a directory that exists, got {folder!r}")
     path = find_file(gpu, folder)
     return NOTHING if path is None else read_file(path, defaults)
 
@@ -137,11 +142,12 @@ def read_file(path: Path, defaults: Defaults) -> Tuned:
     """What a file holds; a size that an entry leaves out is the default.
 
     Raises:
-        ValueError: naming the file and the place in it, if it is broken or holds what nobody reads.
+        ValueError: naming the file and the place in it, if it is broken, holds what nobody reads,
+            or cannot be read.
     """
     try:
-        return parse(json.loads(path.read_text()), defaults)
-    except ValueError as error:
+        return parse(json.loads(path.read_text(encoding="utf-8")), defaults)
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a file of tuned sizes and costs: {error}; remove it, or write it again "
             "with python -m perf.autotune"
@@ -163,7 +169,7 @@ def _entries(
 ) -> list[tuple[Class, AnyTiles]]:
     entries = content.get(section, [])
     if not isinstance(entries, list):
-        raise ValueError(f"{section}: expected a list, got {entries!r}")
+        raise ValueError(f"{section}: expected a list, got {reprlib.repr(entries)}")
     found = []
     for number, entry in enumerate(entries):
         try:
@@ -185,11 +191,11 @@ def _entry(entry: Any, default: AnyTiles) -> tuple[Class, AnyTiles]:
 
 
 def _band(name: str, ends: Any) -> tuple[int, int | None]:
-    if isinstance(ends, list) and len(ends) == 2 and type(ends[0]) is int:
+    if isinstance(ends, list) and len(ends) == 2 and type(ends[0]) is int and ends[0] >= 0:
         least, most = ends
         if most is None or (type(most) is int and least <= most):
             return least, most
-    raise ValueError(f"{name}: expected [least, most] or [least, null], got {ends!r}")
+    raise ValueError(f"{name}: expected [least, most] or [least, null], got {reprlib.repr(ends)}")
 
 
 def _costs(content: Any) -> dict[str, Costs]:
@@ -210,20 +216,20 @@ def _prices(entry: dict[str, Any], algorithm: str, names: tuple[str, ...]) -> di
     prices = entry[algorithm]
     _expect(prices, required=names)
     for name, price in prices.items():
-        if type(price) not in (int, float) or not 0 <= price < math.inf:
-            raise ValueError(f"{algorithm}: {name}: expected seconds, got {price!r}")
+        if type(price) not in (int, float) or not 0 <= price <= _DEAREST:
+            raise ValueError(f"{algorithm}: {name}: expected seconds, got {reprlib.repr(price)}")
     return prices
 
 
 def _expect_dtype(dtype: Any) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {reprlib.repr(dtype)}")
 
 
 def _expect(given: Any, required: Iterable[str] = (), optional: Iterable[str] = ()) -> None:
     """Raises ValueError unless this is an object with these entries."""
     if not isinstance(given, dict):
-        raise ValueError(f"expected an object, got {given!r}")
+        raise ValueError(f"expected an object, got {reprlib.repr(given)}")
     if missing := [name for name in required if name not in given]:
         raise ValueError(f"missing {', '.join(missing)}")
     if unknown := sorted(set(given) - {*required, *optional}):
