@@ -10,6 +10,7 @@ import pytest
 import torch
 from examples import IGNORE, detector_batch, relative_error, to_levels
 from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from alrp_triton import (
     ALRPLoss,
@@ -190,6 +191,41 @@ def test_a_changing_number_of_positives_recompiles_no_more_than_once():
         logits, targets = detector_batch("mid", 200, 4, number)
         function(logits, targets, torch.rand(number))
     assert len(compiled) <= 2
+
+
+def test_a_changing_ignore_index_recompiles_no_more_than_once():
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(ap_loss, fullgraph=True, backend=counter)
+    logits, targets = detector_batch("mid", 200, 4, 12)
+    logits.requires_grad_()
+    for index in range(-40, -28):
+        function(logits, targets, ignore_index=index).backward()
+    assert counter.frame_count <= 2
+
+
+def test_a_compiled_loss_has_no_forward_mode():
+    """A compiler that cannot know says so itself, or raises what the loss raises."""
+    logits, targets = detector_batch("mid", 200, 4, 12)
+
+    def tangent(logits):
+        return torch.func.jvp(lambda x: ap_loss(x, targets), (logits,), (logits,))[1]
+
+    with pytest.raises(Exception, match="forward-mode|exception"):
+        torch.compile(tangent, fullgraph=True, backend="aot_eager")(logits)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative by its logits"):
+        torch.compile(tangent, backend="aot_eager")(logits)
+
+
+@pytest.mark.parametrize("upstream", ["constant", "differentiable"])
+def test_a_compiled_second_derivative_is_an_error(upstream):
+    """Of the compiler, which has none of anything."""
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    logits.requires_grad_()
+    loss = torch.compile(ap_loss, fullgraph=True, backend="aot_eager")(logits, targets)
+    loss = loss if upstream == "constant" else loss.square()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), logits)
 
 
 def run_fresh(code: str) -> str:

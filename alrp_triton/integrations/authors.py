@@ -44,7 +44,7 @@ from alrp_triton.errors import (
     ap_errors,
     sorting_errors,
 )
-from alrp_triton.inputs import check_per_positive, prepare_ranking
+from alrp_triton.inputs import check_delta, check_number, check_per_positive, prepare_ranking
 
 __all__ = ["APLoss", "AP_loss", "RankSort", "aLRPLoss"]
 
@@ -97,6 +97,7 @@ class aLRPLoss:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         _check_marks(logits, targets)
+        eps = check_number("eps", eps)
         check_per_positive("regression_losses", regression_losses)
         ranking = _find(logits, targets, delta, regression_losses)
         counts = rank_positives(ranking, regression_losses)
@@ -179,6 +180,8 @@ class RankSort:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
         _check_marks(logits, targets)
+        check_delta(delta_RS, "delta_RS")
+        eps = check_number("eps", eps)
         targets = targets.detach()
         ranking = _find(logits, torch.where(targets > 0, 1, targets), delta_RS)
         # The logits' positions are those of the targets. Of padding (-1) nobody asks the quality.
@@ -213,6 +216,7 @@ def AP_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         >>> gradient.tolist(), loss.tolist()
         ([0.5, -0.5], [0.5])
     """
+    _check_marks(logits, targets)
     with torch.enable_grad():  # the forward of an autograd function has switched it off
         leaf = logits.detach().requires_grad_()
         loss = APLoss.apply(leaf, targets)
