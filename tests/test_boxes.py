@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.util
 import json
@@ -9,9 +10,11 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -21,7 +24,7 @@ from torch import Tensor, library
 
 import alrp_triton
 from alrp_triton import ops
-from alrp_triton.boxes import KINDS, NOTHING, box_overlap, localisation_errors
+from alrp_triton.boxes import KINDS, NOTHING, as_corners, box_overlap, localisation_errors
 from perf.box_budget import (
     TORCH,
     Backend,
@@ -751,6 +754,114 @@ def test_errors_name_the_argument(change, error, match):
     arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)} | change
     with pytest.raises(error, match=match):
         localisation_errors(**arguments)
+
+
+NO_BOXES = [
+    *(None, 1.0, "boxes", [[0.0, 0.0, 1.0, 1.0]], np.zeros((3, 4)), object()),
+    *(torch.zeros(3, 4, dtype=dtype) for dtype in (torch.int64, torch.uint8, torch.bool)),
+    *(torch.zeros(3, 4, dtype=dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
+    *(torch.zeros(shape) for shape in ((0,), (4,), (3, 5), (3, 3), (3, 4, 1), (1, 3, 4), ())),
+    torch.zeros(3, 4).to_sparse(),
+    torch.nested.nested_tensor([torch.zeros(4)] * 3),
+]
+WRONG = [
+    *(("pred_boxes", boxes) for boxes in NO_BOXES),
+    *(("target_boxes", boxes) for boxes in NO_BOXES),
+    *(("target_boxes", boxes) for boxes in (torch.zeros(2, 4), torch.zeros(3, 4, device="meta"))),
+    *(("tau", tau) for tau in (None, "0.5", True, [0.5], 0.5j, torch.tensor(0.5), object())),
+    *(("tau", tau) for tau in (math.nan, math.inf, 1, 1.0, -0.1, -1, 10**400, np.float32(1))),
+    *(("kind", kind) for kind in (None, 1, ["iou"], {"iou": 1}, torch.zeros(2), b"iou")),
+    *(("kind", kind) for kind in ("", "IoU", "siou", "iou ")),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
+def test_every_wrong_argument_is_named(name, wrong):
+    """First its name, then what was expected, then what came; in `ALRPLoss` by its name there."""
+    arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)}
+    arguments[name] = wrong
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got "):
+        localisation_errors(**arguments)
+    if name in ("tau", "kind"):
+        settings = {"box_loss" if name == "kind" else name: wrong}
+        with pytest.raises((TypeError, ValueError), match=r"^(tau|box_loss): expected .*, got "):
+            alrp_triton.ALRPLoss(**settings)
+
+
+def test_tau_of_any_real_type():
+    boxes = random_boxes(5)
+    expected = localisation_errors(*boxes, tau=0.5)
+    for tau in (np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)):
+        assert torch.equal(localisation_errors(*boxes, tau=tau), expected)
+    assert torch.equal(localisation_errors(*boxes, tau=0), localisation_errors(*boxes, tau=0.0))
+
+
+class BoxFormat(enum.Enum):
+    """As `torchvision.tv_tensors.BoundingBoxFormat`."""
+
+    XYXY = "XYXY"
+    XYWH = "XYWH"
+    CXCYWH = "CXCYWH"
+    XYWHR = "XYWHR"
+
+
+class Boxes(Tensor):
+    """As `torchvision.tv_tensors.BoundingBoxes`: a tensor that carries its format."""
+
+    format: BoxFormat | str
+
+
+def boxes_of(format_: BoxFormat | str, boxes: list[list[float]], **kwargs) -> Boxes:
+    made = torch.tensor(boxes, **kwargs).as_subclass(Boxes)
+    made.format = format_
+    return made
+
+
+@every_backend
+@pytest.mark.parametrize("named", [lambda x: x, lambda x: x.name], ids=["enum", "str"])
+@pytest.mark.parametrize(
+    ("format_", "boxes"),
+    [
+        (BoxFormat.XYXY, [[2.0, 3, 6, 11]]),
+        (BoxFormat.XYWH, [[2.0, 3, 4, 8]]),
+        (BoxFormat.CXCYWH, [[4.0, 7, 4, 8]]),
+    ],
+)
+def test_boxes_that_carry_their_format(backend, named, format_, boxes):
+    corners = torch.tensor([[2.0, 3, 6, 11]], device=backend.device)
+    given_boxes = boxes_of(named(format_), boxes, device=backend.device)
+    for pair in ((given_boxes, corners), (corners, given_boxes), (given_boxes, given_boxes)):
+        errors = localisation_errors(*pair, impl=backend.impl)
+        assert type(errors) is Tensor
+        assert errors.item() == 0
+    assert type(as_corners(given_boxes, "boxes")) is Tensor
+    leaf = given_boxes.as_subclass(Tensor).clone().requires_grad_()
+    moved = leaf.as_subclass(Boxes)
+    moved.format = format_
+    (localisation_errors(moved, corners + 1, impl=backend.impl)).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_boxes_of_a_format_without_corners_are_named():
+    turned = boxes_of(BoxFormat.XYWHR, [[0.0, 0, 1, 1, 30]])
+    with pytest.raises(
+        ValueError, match=r"^target_boxes: expected .* XYXY, XYWH or CXCYWH, got XYWHR"
+    ):
+        localisation_errors(torch.zeros(1, 4), turned)
+
+
+@pytest.mark.parametrize("format_", ["XYXY", "XYWH", "CXCYWH"])
+def test_bounding_boxes_of_torchvision(format_):
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    transforms = pytest.importorskip("torchvision.transforms.v2.functional")
+    corners = torch.tensor([[2.0, 3, 6, 11], [0, 0, 5, 2]])
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(20, 20))
+    boxes = transforms.convert_bounding_box_format(boxes, new_format=format_)
+    assert torch.equal(as_corners(boxes, "boxes"), corners)
+    assert (localisation_errors(corners, boxes) == 0).all()
+    criterion = alrp_triton.ALRPLoss()
+    out = criterion(torch.zeros(3, 1), torch.tensor([0, -1, 0]), corners, boxes)
+    assert out.loc == 0
 
 
 @kernels_only
