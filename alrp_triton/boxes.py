@@ -189,9 +189,9 @@ def _overlap(boxes: Tensor, kind: str) -> Tensor:
 
     inter, union = _inter_and_union(areas)
     iou = _divide(inter, union)
-    centres = low + high
-    centre = (centres[:, 0] - centres[:, 1]) / 2
-    diou = iou - _divide(centre.square().sum(1), around.square().sum(1))
+    # Differences first: far from the origin, sums would round the distance of the centres away.
+    apart = (low[:, 0] - low[:, 1]) + (high[:, 0] - high[:, 1])
+    diou = iou - _divide((apart / 2).square().sum(1), around.square().sum(1))
     if kind == "diou":
         return diou
     pred_angle, target_angle = _angle(sides[:, :2]).unbind(1)

@@ -179,6 +179,16 @@ def test_equal_boxes_are_perfect_and_stay_so(backend, kind):
         assert result.by_pred.abs().max() <= 8 * torch.finfo(torch.float32).eps * 2 / side
 
 
+@every_backend
+@every_kind
+def test_far_from_the_origin(backend, kind):
+    """Boxes of a pixel in a large image: what their corners lost is lost, but nothing more."""
+    pred, target = (boxes / 8 + 4096 for boxes in random_boxes(200))
+    errors = evaluate(backend, pred, target, kind).errors
+    truth = evaluate(TORCH, pred.double(), target.double(), kind).errors
+    assert (errors - truth).abs().max() <= 16 * torch.finfo(torch.float32).eps
+
+
 def torchvision_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
     torchvision_ops = pytest.importorskip("torchvision.ops")
     if kind == "iou":

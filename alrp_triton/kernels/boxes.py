@@ -264,7 +264,7 @@ def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
     by_size = _both(by_union) * _by_sides(size, on_line)
     by_shared = _both(per_union) * _other(shared) - _both(by_union) * _by_sides(shared, on_line)
     if KIND == "diou" or KIND == "ciou":
-        centres = ((pred_low + pred_high) - (target_low + target_high)) / 2
+        centres = ((pred_low - target_low) + (pred_high - target_high)) / 2
         diagonal = _sum(sides * sides)
         distance = _divide(_sum(centres * centres), diagonal)
         overlap -= distance
