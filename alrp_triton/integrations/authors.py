@@ -23,6 +23,8 @@ and `rank_sort_loss`, each class says. Where the published classes fail, these g
 from __future__ import annotations
 
 import dataclasses
+import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -96,6 +98,7 @@ class aLRPLoss:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        _check_eps(eps)
         _check_marks(logits, targets)
         eps = check_number("eps", eps)
         check_per_positive("regression_losses", regression_losses)
@@ -179,6 +182,7 @@ class RankSort:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        _check_eps(eps)
         _check_marks(logits, targets)
         check_delta(delta_RS, "delta_RS")
         eps = check_number("eps", eps)
@@ -258,11 +262,23 @@ def _check_marks(logits: Tensor, targets: Tensor) -> None:
     for name, given in (("logits", logits), ("targets", targets)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
+        if given.layout != torch.strided or given.is_nested:
+            layout = "a nested one" if given.is_nested else given.layout
+            raise TypeError(f"{name}: expected a dense tensor, got {layout}")
+    if targets.is_complex():
+        raise TypeError(f"targets: expected real marks, got {targets.dtype}")
     if targets.shape != logits.shape:
         raise ValueError(
             f"targets: expected the shape of logits, {tuple(logits.shape)}, one mark for each, "
             f"got {tuple(targets.shape)}"
         )
+
+
+def _check_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps: expected a number from 0 on, got {type(eps).__name__}")
+    if not 0 <= eps <= sys.float_info.max:
+        raise ValueError(f"eps: expected a number from 0 on, got {eps}")
 
 
 def _weigh_itself(
@@ -280,7 +296,7 @@ def _weigh_itself(
 
 def _where_above(errors: Errors, above: Tensor, eps: float) -> Errors:
     """No update where what stands above a positive sums to no more than eps; NaN stays."""
-    return errors._replace(error=torch.where(above <= eps, errors.target, errors.error))
+    return errors._replace(error=torch.where(above <= float(eps), errors.target, errors.error))
 
 
 def _interpolated(errors: Errors, ranking: Ranking) -> Errors:
