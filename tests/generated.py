@@ -283,11 +283,12 @@ class Kind(NamedTuple):
 _SIZES = list(SIZES.values())
 KINDS_OF_CASES = {
     "small": Kind({}, 300, 20),
-    "lowered": Kind({"most": 60}, 300, 16, lowers=True),
+    "lowered": Kind({"most": 60}, 400, 16, lowers=True),
     "nan": Kind({"nan": True}, 60, 6),
-    "sizes": Kind({"sizes": _SIZES[:-1]}, 40, 0),
-    "kernel sizes": Kind({"sizes": _SIZES[:5]}, 0, 4),
-    "largest": Kind({"sizes": _SIZES[-1:]}, 1, 0),
+    "sizes": Kind({"sizes": _SIZES[5:7]}, 200, 0),
+    "small sizes": Kind({"sizes": _SIZES[:5]}, 20, 4),
+    "large sizes": Kind({"sizes": _SIZES[-2:-1]}, 5, 0),
+    "largest sizes": Kind({"sizes": _SIZES[-1:]}, 1, 0),
 }
 
 

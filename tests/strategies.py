@@ -163,6 +163,16 @@ def levels_of(draw, most: int) -> Level:
 
 
 @st.composite
+def levels_of_size(draw, size: int) -> list[Level]:
+    """One level of so many logits, or a few less; sometimes two."""
+    cut = draw(st.sampled_from([0, 0, 0, 1, size // 3]))
+    layouts = st.sampled_from(LAYOUTS[:-1])
+    classes = draw(st.integers(1, 3))
+    level = Level(((size - cut) // classes, classes), draw(st.booleans()), draw(layouts))
+    return [Level((cut,), True, draw(layouts)), level] if cut else [level]
+
+
+@st.composite
 def descriptions(
     draw,
     most: int = 40,
@@ -182,17 +192,16 @@ def descriptions(
     """
     loss, delta = draw(st.sampled_from(losses)), draw(deltas())
     if sizes:
-        size = draw(st.sampled_from(sizes)) + draw(st.integers(-1, 1))
-        cut = draw(st.integers(0, size // 2)) if draw(st.booleans()) else 0
-        levels = [Level((part,), True, draw(st.sampled_from(LAYOUTS[:5]))) for part in (cut,)]
-        classes = draw(st.integers(1, 3))
-        shape = ((size - cut) // classes, classes)
-        levels.append(Level(shape, draw(st.booleans()), draw(st.sampled_from(LAYOUTS[:5]))))
-        levels = levels if cut else levels[1:]
+        size = draw(st.sampled_from(sizes))
+        size += draw(st.sampled_from([-1, 0, 1, size // 5]))
+        levels = draw(levels_of_size(size))
     else:
         levels = draw(st.lists(levels_of(most), min_size=1, max_size=3))
-    numbers = ("one", "two", "few") if sizes else ("none", "one", "two", "few", "many", "all")
+    numbers = ("none", "one", "two", "few", "many", "all")
     kinds = st.sampled_from(KINDS)
+    if sizes:  # in which most scores are within reach of the positives, who are few
+        numbers = ("one", "one", "two", "few")
+        kinds = st.one_of(kinds, st.sampled_from(("normal", "prior", "equal", "high", "steps")))
     positive_kind = draw(kinds)
     padded = draw(st.booleans())
     return Description(

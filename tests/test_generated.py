@@ -19,9 +19,9 @@ from alrp_triton import ops
 
 # Examples of a test: a case takes a second or more in the interpreter, 0.05 s in torch.
 SCALE = {"fast": 1, "ci": 8, "long": 100}[PROFILE]
-IN_TORCH = {"small": 100, "lowered": 120, "nan": 40, "sizes": 12}
+IN_TORCH = {"small": 100, "lowered": 120, "nan": 40, "sizes": 60}
 IN_INTERPRETER = {"small": 4, "lowered": 3, "nan": 2}
-ON_A_GPU = {**IN_TORCH, "kernel sizes": 20}
+ON_A_GPU = {**IN_TORCH, "small sizes": 20}
 
 
 def runs() -> list[tuple[tuple[str, str], str, int]]:
