@@ -38,7 +38,7 @@ Array = np.ndarray
 REAL = np.longdouble
 OWN = float(np.finfo(REAL).eps)
 LARGEST = REAL(2) ** 125  # infinite scores, and finite ones beyond, are ranked as this
-PAIRS = 1 << 19  # evaluated at once
+PAIRS = 1 << 16  # evaluated at once: what a cache holds
 DOUBLE = 2.0**-53
 
 

@@ -21,6 +21,7 @@ from alrp_triton.reference.layout import LARGEST_DELTA, SMALLEST_DELTA
 
 IGNORE = -100
 LOSSES = ("alrp", "ap", "ndcg", "rank_sort", "own")
+SKEWED = ("ap", "ndcg", "own")  # p(j|i) may be
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {torch.float32: np.int32, torch.float64: np.int64}
 
@@ -178,16 +179,15 @@ def descriptions(
     most: int = 40,
     sizes: Sequence[int] = (),
     losses: Sequence[str] = LOSSES,
-    skewed: bool = True,
     nan: bool = False,
 ) -> Description:
     """What a call may be like.
 
     Args:
         most: logits of a level, if no `sizes` are given.
-        sizes: of which the number of logits is one, or next to it; with few positives.
+        sizes: of which the number of logits is one, or next to it; with few positives, mostly
+            under the hard step, and no skew.
         losses: of which it is one.
-        skewed: whether p(j|i) may be skewed, which breakpoints cannot be.
         nan: whether there is a NaN among the logits; else there is none.
     """
     loss, delta = draw(st.sampled_from(losses)), draw(deltas())
@@ -199,8 +199,10 @@ def descriptions(
         levels = draw(st.lists(levels_of(most), min_size=1, max_size=3))
     numbers = ("none", "one", "two", "few", "many", "all")
     kinds = st.sampled_from(KINDS)
+    skews = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
     if sizes:  # in which most scores are within reach of the positives, who are few
-        numbers = ("one", "one", "two", "few")
+        numbers, skews = ("one", "one", "two", "few"), (0.0,)
+        delta = draw(st.sampled_from([0.0, delta]))
         kinds = st.one_of(kinds, st.sampled_from(("normal", "prior", "equal", "high", "steps")))
     positive_kind = draw(kinds)
     padded = draw(st.booleans())
@@ -208,8 +210,7 @@ def descriptions(
         loss=loss,
         dtype=draw(st.sampled_from(DTYPES)),
         delta=delta,
-        skew=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0])) if skewed and loss in
-        ("ap", "ndcg", "own") else 0.0,
+        skew=draw(st.sampled_from(skews)) if loss in SKEWED else 0.0,
         levels=tuple(levels),
         seed=draw(st.integers(0, 2**32 - 1)),
         positives=draw(st.sampled_from(numbers)),
@@ -276,7 +277,7 @@ def _marks(described: Description, rng: np.random.Generator) -> list[np.ndarray]
                 for at in rng.choice(np.flatnonzero(~ignored), 200, replace=False)
             ]  # fmt: skip
     count = {
-        "none": 0, "one": 1, "two": 2, "few": int(rng.integers(3, 50)),
+        "none": 0, "one": 1, "two": 2, "few": int(rng.integers(3, 25)),
         "many": len(places) // 2, "all": len(places),
     }[described.positives]  # fmt: skip
     for chosen in rng.permutation(len(places))[:count]:
