@@ -12,6 +12,7 @@ from torch import Tensor
 from . import ops
 
 KINDS = ("iou", "giou", "diou", "ciou")
+FORMATS = ("XYXY", "XYWH", "CXCYWH")
 
 # Each pair is computed in units of its largest coordinate (see `_comparable`). An area, or a side,
 # below NOTHING there counts as none, and pairs below SMALLEST are not enlarged any further: then no
@@ -257,16 +258,26 @@ def as_corners(boxes: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: naming the argument `name`, if boxes of that format have no such corners.
     """
-    given = getattr(boxes, "format", None)
-    if not isinstance(boxes, Tensor) or given is None:
+    if getattr(boxes, "format", None) is None or not isinstance(boxes, Tensor):
         return boxes
-    boxes, format_ = boxes.as_subclass(Tensor), getattr(given, "name", given)
-    if format_ == "XYXY":
+    form = format_of(boxes)
+    if form not in FORMATS:
+        raise ValueError(f"{name}: expected format {', '.join(FORMATS)}, got {form}")
+    return to_corners(boxes.as_subclass(Tensor), form)
+
+
+def format_of(boxes: Tensor) -> str:
+    """The format that boxes carry as torchvision's `BoundingBoxes` do, in an enumeration's name."""
+    form = getattr(boxes, "format", None) or "XYXY"
+    return str(getattr(form, "name", form)).upper()
+
+
+def to_corners(boxes: Tensor, form: str) -> Tensor:
+    """Corners (x1, y1, x2, y2) of plain boxes of one of `FORMATS`."""
+    if form == "XYXY":
         return boxes
-    if format_ not in ("XYWH", "CXCYWH"):
-        raise ValueError(f"{name}: expected boxes of format XYXY, XYWH or CXCYWH, got {format_}")
     start, size = boxes[..., :2], boxes[..., 2:]
-    low = start if format_ == "XYWH" else start - size / 2
+    low = start if form == "XYWH" else start - size / 2
     return torch.cat([low, low + size], -1)
 
 

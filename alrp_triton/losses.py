@@ -1,6 +1,5 @@
 """The losses as modules."""
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,11 +71,9 @@ class _RankingLoss(nn.Module):
         algorithm: str = "auto",
     ) -> None:
         super().__init__()
-        check_delta(delta)
-        check_ignore_index(ignore_index)
         ops.check_backend(impl, algorithm)
-        self.delta = float(delta)
-        self.ignore_index = operator.index(ignore_index)
+        self.delta = check_delta(delta)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.impl = impl
         self.algorithm = algorithm
 

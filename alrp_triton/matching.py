@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .boxes import FORMATS, format_of, to_corners
+
 Image = Mapping[str, Tensor]  # what is known of one image, by the names below
 
 PAIRS_AT_ONCE = 2**21  # pairs of boxes whose IoU is in memory together: some 400 MB
@@ -342,19 +344,11 @@ def _converted(values: Tensor, like: Tensor) -> Tensor:
 
 def _corners(boxes: Tensor) -> Tensor:
     """(x1, y1, x2, y2), where the boxes carry another format."""
-    form = _format(boxes)
+    form = format_of(boxes)
     if form == "XYXY" or not boxes.numel():
         return boxes
-    boxes = _plain(boxes).to(home(boxes.device)).double()  # uint8 and 16-bit sums are not exact
-    first, sides = boxes[:, :2], boxes[:, 2:]
-    low = first if form == "XYWH" else first - sides / 2
-    return torch.cat([low, low + sides], 1)
-
-
-def _format(boxes: Tensor) -> str:
-    """The format that boxes carry as torchvision's `BoundingBoxes` do, in an enumeration's name."""
-    form = getattr(boxes, "format", None) or "XYXY"
-    return str(getattr(form, "name", form)).upper()
+    # uint8 and 16-bit sums are not exact
+    return to_corners(_plain(boxes).to(home(boxes.device)).double(), form)
 
 
 def _check_images(preds: Sequence[Image], target: Sequence[Image]) -> torch.device:
@@ -407,8 +401,8 @@ def _check_image(
 
 def _check_boxes(field: str, boxes: Tensor) -> None:
     check_tensor(field, boxes, "boxes")
-    if _format(boxes) not in ("XYXY", "XYWH", "CXCYWH"):
-        raise ValueError(f"{field}: expected format XYXY, XYWH or CXCYWH, got {_format(boxes)}")
+    if format_of(boxes) not in FORMATS:
+        raise ValueError(f"{field}: expected format {', '.join(FORMATS)}, got {format_of(boxes)}")
     if boxes.is_meta:
         raise ValueError(f"{field}: expected on a device that holds numbers, got meta")
     if boxes.numel() and (boxes.dim() != 2 or boxes.shape[1] != 4):

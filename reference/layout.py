@@ -20,8 +20,8 @@ CHUNK = 1 << 18
 # too, so that the difference of two scores cannot overflow.
 LARGEST = 2.0**125
 
-# The half-width of the step: 0, or between these. Within them no reciprocal, no sum with a score and
-# no slope overflows or loses itself in any algorithm, on any backend.
+# The half-width of the step: 0, or between these. Within them no reciprocal, no sum with a score
+# and no slope overflows or loses itself in any algorithm, on any backend.
 SMALLEST_DELTA, LARGEST_DELTA = 2.0**-60, 2.0**60
 
 

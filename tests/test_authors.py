@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from alrp_triton.reference import pairwise
 from conftest import HAS_GPU
 from examples import relative_error
 from hypothesis import given, settings
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss, set_backend
 from alrp_triton.integrations.authors import AP_loss, APLoss, RankSort, aLRPLoss
+from alrp_triton.reference import pairwise
 from perf import budgets
 from perf.loss_budget import (
     SECOND_ORDER,
@@ -786,14 +786,18 @@ def test_what_is_no_tensor_of_numbers_is_named(loss, wrong, name):
         aLRPLoss.apply(*given.values(), errors) if loss == "alrp" else LOSSES[loss](*given.values())
 
 
-@pytest.mark.parametrize("eps", [None, "1", True, [1], torch.tensor(1.0), 1j, float("nan"), -1e-9, 10**400])
+@pytest.mark.parametrize(
+    "eps", [None, "1", True, [1], torch.tensor(1.0), 1j, float("nan"), -1e-9, 10**400]
+)
 def test_a_wrong_eps_is_named(eps):
     logits, targets = draw(20)
     for call in (
         lambda: aLRPLoss.apply(logits, marks_of("alrp", targets), targets[targets > 0], eps=eps),
         lambda: RankSort.apply(logits, targets, eps=eps),
     ):
-        with pytest.raises((TypeError, ValueError), match="^eps: expected a number from 0 on, got"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^eps: expected a number( from 0 on)?, got"
+        ):
             call()
 
 

@@ -210,7 +210,7 @@ def test_a_compiled_loss_has_no_forward_mode():
     def tangent(logits):
         return torch.func.jvp(lambda x: ap_loss(x, targets), (logits,), (logits,))[1]
 
-    with pytest.raises(Exception, match="forward-mode|exception"):
+    with pytest.raises(Exception, match=r"forward-mode|exception"):
         torch.compile(tangent, fullgraph=True, backend="aot_eager")(logits)
     with pytest.raises(RuntimeError, match="no forward-mode derivative by its logits"):
         torch.compile(tangent, backend="aot_eager")(logits)

@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from alrp_triton import ap_loss
-from alrp_triton.reference import breakpoints, edges, layout, lines, pairwise, survey
-from alrp_triton.reference.scratch import Scratch
 from examples import IGNORE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from alrp_triton import ap_loss
+from alrp_triton.reference import breakpoints, edges, layout, lines, pairwise, survey
+from alrp_triton.reference.scratch import Scratch
 
 LARGEST = layout.LARGEST
 DELTAS = (0.0, 2.0**-60, 1e-3, 1.0, 5e3, 2.0**60)

@@ -800,7 +800,7 @@ def test_rotated_boxes_are_refused(form):
     for name in ("preds", "target"):
         images = {"preds": [GOOD], "target": [TRUTH]}
         images[name] = [images[name][0] | {"boxes": boxes}]
-        message = rf"^{name}\[0\]\['boxes'\]: expected format XYXY, XYWH or CXCYWH, got {form}$"
+        message = rf"^{name}\[0\]\['boxes'\]: expected format XYXY, XYWH, CXCYWH, got {form}$"
         with pytest.raises(ValueError, match=message):
             match_detections(**images)
 

@@ -11,11 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from examples import IGNORE
+from torch import Tensor
+
 from alrp_triton import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
 from alrp_triton.errors import ap_errors
 from alrp_triton.reference import breakpoints, edges, layout, pairwise, survey
-from examples import IGNORE
-from torch import Tensor
 
 LOSSES = {
     "AP": lambda x, t, values, **given: [ap_loss(x, t, **given)],

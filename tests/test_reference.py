@@ -7,13 +7,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from alrp_triton.reference import breakpoints, edges, layout, pairwise, survey
-from alrp_triton.reference.runs import RUN, find
-from alrp_triton.reference.scratch import Scratch
 from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alrp_triton.reference import breakpoints, edges, layout, pairwise, survey
+from alrp_triton.reference.runs import RUN, find
+from alrp_triton.reference.scratch import Scratch
 from perf.parity_checks import poisoned
 from perf.timing import peak_memory
 

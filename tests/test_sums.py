@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from alrp_triton.reference import breakpoints, edges, layout, lines, pairwise, skewed, sorting, sums
 from examples import IGNORE, detector_batch, relative_error, to_levels
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from alrp_triton.reference import breakpoints, edges, layout, lines, pairwise, skewed, sorting, sums
 
 # What torch documents to add in no fixed order on CUDA (`use_deterministic_algorithms`): at any
 # time, or given weights, or where `accumulate` is true.

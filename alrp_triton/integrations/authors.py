@@ -23,8 +23,7 @@ and `rank_sort_loss`, each class says. Where the published classes fail, these g
 from __future__ import annotations
 
 import dataclasses
-import sys
-from numbers import Real
+import math
 from typing import Any
 
 import torch
@@ -98,9 +97,8 @@ class aLRPLoss:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        _check_eps(eps)
+        eps = _check_eps(eps)
         _check_marks(logits, targets)
-        eps = check_number("eps", eps)
         check_per_positive("regression_losses", regression_losses)
         ranking = _find(logits, targets, delta, regression_losses)
         counts = rank_positives(ranking, regression_losses)
@@ -182,10 +180,9 @@ class RankSort:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        _check_eps(eps)
+        eps = _check_eps(eps)
         _check_marks(logits, targets)
         check_delta(delta_RS, "delta_RS")
-        eps = check_number("eps", eps)
         targets = targets.detach()
         ranking = _find(logits, torch.where(targets > 0, 1, targets), delta_RS)
         # The logits' positions are those of the targets. Of padding (-1) nobody asks the quality.
@@ -274,11 +271,11 @@ def _check_marks(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def _check_eps(eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, Real):
-        raise TypeError(f"eps: expected a number from 0 on, got {type(eps).__name__}")
-    if not 0 <= eps <= sys.float_info.max:
-        raise ValueError(f"eps: expected a number from 0 on, got {eps}")
+def _check_eps(eps: float) -> float:
+    number = check_number("eps", eps)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps: expected a number from 0 on, got {number}")
+    return number
 
 
 def _weigh_itself(
