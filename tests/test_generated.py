@@ -7,12 +7,14 @@ time, "ci" minutes, "long" an hour or more. For hours of ever new cases there is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from conftest import HAS_GPU, PROFILE
-from generated import DEVICE, KINDS_OF_CASES, ROADS, hold
+from generated import DEVICE, KINDS_OF_CASES, ROADS, check, hold
 from strategies import Description, Level, build
 
 from alrp_triton import ops
@@ -44,6 +46,41 @@ def test_every_loss_is_what_the_oracle_says(road: tuple[str, str], kind: str, nu
     if road[0] == "triton" and not (HAS_GPU or ops._INTERPRETS):
         pytest.skip("needs Triton")
     hold(road, KINDS_OF_CASES[kind], number)
+
+
+# --- what has failed once ------------------------------------------------------------------------
+
+_FIVE = Description(
+    loss="ap", dtype=torch.float32, delta=1.0, skew=0.0, levels=(Level((5,), True, "plain"),),
+    seed=1, positives="one", positive_kind="normal", negative_kind="normal", palette=(0.0,),
+    infinite="lonely", ignored=0.0, groups=2, per_image=False, padding=None,
+    values_dtype=torch.float32, upstream=(1.0, 1.0),
+)  # fmt: skip
+ONCE_FAILED = {
+    "inf in a group without positives": _FIVE,
+    "inf in group 0, which has padding alone": replace(_FIVE, loss="alrp", padding=2),
+    "inf, and all positives are padding": replace(
+        _FIVE, seed=0, positives="none", groups=0, padding=2
+    ),
+    "cells end at the only positive": replace(
+        _FIVE, loss="alrp", delta=0.0, levels=(Level((16384, 1), False, "plain"),),
+        positive_kind="bits", negative_kind="bits", infinite="", groups=1,
+    ),
+    "one positive, NaN": replace(
+        _FIVE, levels=(Level((1,), True, "plain"),), infinite="", groups=0, nan="positive"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONCE_FAILED)
+@pytest.mark.parametrize("road", ROADS, ids=" ".join)
+def test_what_failed_once_holds(road: tuple[str, str], name: str) -> None:
+    if road[0] == "triton" and not (HAS_GPU or ops._INTERPRETS):
+        pytest.skip("needs Triton")
+    described = ONCE_FAILED[name]
+    if road[0] == "triton" and not HAS_GPU and described.levels[0].shape[0] > 1 << 10:
+        pytest.skip("takes minutes in the interpreter")
+    check(described, *road)
 
 
 # --- the oracle and the strategy themselves ------------------------------------------------------
