@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .errors import Counts, Errors, SortingCounts
+from .loss_terms import Counts, Errors, SortingCounts
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
 from .error_driven import (
     Ranking,
     attach,
@@ -46,7 +46,6 @@ from .error_driven import (
     rank_positives,
     sort_positives,
 )
-from .errors import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
 from .inputs import (
     REAL,
     LogitsOrLevels,
@@ -55,6 +54,7 @@ from .inputs import (
     check_per_positive,
     prepare_ranking,
 )
+from .loss_terms import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
 from .reference.skewed import MOST
 
 
@@ -405,7 +405,7 @@ def _check_skew(skew: float, algorithm: str) -> float:
     skew = check_number("skew", skew)
     if not 0 <= skew <= MOST:
         raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
-    if skew and ops.of_program("algorithm", algorithm) == "breakpoints":
+    if skew and backends.of_program("algorithm", algorithm) == "breakpoints":
         raise ValueError(
             "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
             "'pairwise' or 'auto'"

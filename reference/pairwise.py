@@ -14,13 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import (
-    blocks,
-    exclude_non_negatives,
-    finite,
-    over_classes,
-    write_positives,
-)
+from .layout import blocks, exclude_non_negatives, finite, over_classes, write_positives
 
 # Pairs that are evaluated at once: what bounds the memory.
 PAIRS = 1 << 22

@@ -37,7 +37,8 @@ from alrp_triton.error_driven import (
     rank_positives,
     sort_positives,
 )
-from alrp_triton.errors import (
+from alrp_triton.inputs import check_delta, check_number, check_per_positive, prepare_ranking
+from alrp_triton.loss_terms import (
     Counts,
     Errors,
     SortingCounts,
@@ -45,7 +46,6 @@ from alrp_triton.errors import (
     ap_errors,
     sorting_errors,
 )
-from alrp_triton.inputs import check_delta, check_number, check_per_positive, prepare_ranking
 
 __all__ = ["APLoss", "AP_loss", "RankSort", "aLRPLoss"]
 

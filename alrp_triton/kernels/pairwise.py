@@ -31,21 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groups import Lines, by_level, lines_of
-from .levels import (
-    bits_of,
-    jit,
-    lay_out,
-    nan_maximum,
-    offset_of,
-    origin_of,
-    read_groups,
-    read_logits,
-    real,
-    write_own,
-)
-from .tiles import Tiles
-from .tuned import tiles_for
+from .language import bits_of, jit, nan_maximum, real
+from .positives import write_own
+from .segments import Lines, by_level, lines_of
+from .strided import lay_out, offset_of, origin_of, read_groups, read_logits
+from .tuning.block_sizes import Tiles
+from .tuning.files import tiles_for
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
