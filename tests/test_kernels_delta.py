@@ -21,7 +21,7 @@ from perf.sorting_budget import sorting_count_budget, sorting_gradient_budget
 pytest.importorskip("triton")
 kernels = {
     name: importlib.import_module(f"alrp_triton.kernels.{name}")
-    for name in ("pairwise", "breakpoints", "sorting", "scan")
+    for name in ("pairwise", "breakpoints", "sorting", "scan", "edges", "intervals")
 }
 tiles_module = importlib.import_module("alrp_triton.kernels.tiles")
 
@@ -49,7 +49,7 @@ def scores_around(delta: float, number: int, dtype: torch.dtype) -> Tensor:
     These stand 0, delta or 2 delta from another, as exactly as the dtype can say, or one float
     beside that. All mantissas, both signs; 0, the ends of the range and infinities are among them.
     """
-    near = delta * torch.randn(number // 3, dtype=torch.float64)
+    near = (delta or 1.0) * torch.randn(number // 3, dtype=torch.float64)
     powers = torch.empty(number // 3, dtype=torch.float64).uniform_(-149, 125)
     everywhere = torch.where(torch.rand(number // 3) < 0.5, -1.0, 1.0) * 2.0**powers
     ends = torch.tensor([0.0, -0.0, LARGEST, -LARGEST, torch.inf, -torch.inf], dtype=torch.float64)
@@ -73,8 +73,25 @@ def draw(delta: float, dtype: torch.dtype, grouped: bool = False, number: int = 
 @pytest.mark.parametrize("delta", DELTAS)
 def test_count_and_gradient(delta: float, dtype: torch.dtype, algorithm: str) -> None:
     # Only without groups are bit patterns looked up.
-    grouped = dtype == torch.float32 and delta > 1
-    case, tiles = draw(delta, dtype, grouped), SMALL[algorithm]
+    check(draw(delta, dtype, grouped=dtype == torch.float32 and delta > 1), algorithm)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="sizes that a GPU has compiled for")
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize(("cells", "bits"), [(1, 24), (40, 16), (1 << 16, 20)])
+def test_large_calls_in_small(
+    cells: int, bits: int, delta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell or two for each positive, and distances of fewer bits: what many positives leave."""
+    monkeypatch.setattr(kernels["edges"], "_MOST_CELLS", cells)
+    monkeypatch.setattr(kernels["intervals"], "_BITS", bits)
+    for grouped in (False, True):
+        check(draw(delta, torch.float32, grouped), "breakpoints")
+
+
+def check(case: budgets.Case, algorithm: str) -> None:
+    """Count and gradient are within budget of the float64 reference."""
+    tiles = SMALL[algorithm]
     counts = torch.stack(kernels[algorithm].count(*case.count_input, tiles, **case.grouping))
     exact = case.expected_count(torch.float64)
     allowed = budgets.count_budget(case, tiles, exact)
