@@ -80,5 +80,6 @@ def sorting_errors(counts: Counts, sorting: SortingCounts) -> Errors:
     of AP Loss.)
     """
     current = (counts.values + counts.value_sum) / counts.rank_positive
+    current = torch.add(current, counts.nfp, alpha=0)  # NaN, if it is: a negative was no number
     target = (counts.values + sorting.better_values) / (1 + sorting.better)
     return Errors(current, target, counts.num_positives)

@@ -28,6 +28,8 @@ of the returned number.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +47,14 @@ from .error_driven import (
     sort_positives,
 )
 from .errors import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
-from .inputs import LogitsOrLevels, check_per_positive, prepare_ranking
+from .inputs import (
+    REAL,
+    LogitsOrLevels,
+    check_dense,
+    check_number,
+    check_per_positive,
+    prepare_ranking,
+)
 from .reference.skewed import MOST
 
 
@@ -264,7 +273,7 @@ def rank_sort_loss(
         algorithm=algorithm,
         per_positive=("quality", quality),
     )
-    quality = quality.detach().double()  # that of padding nobody asks for
+    quality = blank_padding(quality.detach().to(torch.float64, copy=True), ranking)
     counts = rank_positives(ranking, 1 - quality)
     sorting = sort_positives(ranking, quality, counts)
     errors = ap_errors(counts), sorting_errors(counts, sorting)
@@ -364,32 +373,36 @@ def _check_errors(returned: Any, nfp: Tensor) -> Errors:
             f"errors_fn: expected it to return (l, l*, Z), got {type(returned).__name__}{number}"
         )
     error, target, normaliser = returned
-    _check_returned("l", error, nfp, per_positive=True)
-    _check_returned("l*", target, nfp, per_positive=True)
-    _check_returned("Z", normaliser, nfp, per_positive=False)
+    error = _check_returned("l", error, nfp, per_positive=True)
+    target = _check_returned("l*", target, nfp, per_positive=True)
+    normaliser = _check_returned("Z", normaliser, nfp, per_positive=False)
+    if not isinstance(normaliser, Tensor) and normaliser == 0 and nfp.numel():
+        raise ValueError("errors_fn: expected Z other than 0, got 0")
     zeros = torch.zeros_like(nfp)
     return Errors(zeros + error, zeros + target, normaliser)
 
 
-def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> None:
-    if not isinstance(given, (Tensor, int, float)):
-        raise TypeError(
-            f"errors_fn: expected {name} as a tensor or a number, got {type(given).__name__}"
-        )
-    if not isinstance(given, Tensor) or given.dim() == 0:
-        return
+def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> Tensor | float:
+    if isinstance(given, numbers.Real):
+        number = check_number("errors_fn", given + 0)  # of a bool, 0 or 1
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"errors_fn: expected {name} finite, got {number}")
+        return number
+    check_dense("errors_fn", given, f"{name} as a tensor or a number")
+    if given.dtype not in REAL:
+        raise TypeError(f"errors_fn: expected {name} real, of 8 bits or more, got {given.dtype}")
+    if given.device != nfp.device and (given.dim() or given.device.type != "cpu"):
+        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
     expected = f"{tuple(nfp.shape)}, one entry for each positive, or ()" if per_positive else "()"
-    if not per_positive or given.shape != nfp.shape:
+    if given.dim() and not (per_positive and given.shape == nfp.shape):
         raise ValueError(
             f"errors_fn: expected {name} of shape {expected}, got {tuple(given.shape)}"
         )
-    if given.device != nfp.device:
-        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
+    return given
 
 
 def _check_skew(skew: float, algorithm: str) -> float:
-    if isinstance(skew, bool) or not isinstance(skew, (int, float)):
-        raise TypeError(f"skew: expected a number, got {type(skew).__name__}")
+    skew = check_number("skew", skew)
     if not 0 <= skew <= MOST:
         raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
     if skew and ops.of_program("algorithm", algorithm) == "breakpoints":
@@ -397,7 +410,7 @@ def _check_skew(skew: float, algorithm: str) -> float:
             "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
             "'pairwise' or 'auto'"
         )
-    return float(skew)
+    return skew
 
 
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:

@@ -14,8 +14,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
@@ -65,7 +66,7 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
             breakpoints), or "auto" to choose by the number of positives and logits.
 
     Raises:
-        ValueError: if a name is none of these.
+        TypeError, ValueError: if a name is none of these.
 
     Both are set: one that is left out goes back to "auto". An `impl` or `algorithm` other than
     "auto" that is given to a loss wins over this setting. What is asked for by name and cannot run
@@ -80,8 +81,12 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
 
 
 def check_backend(impl: str, algorithm: str) -> None:
-    """Raises ValueError if a name is unknown."""
+    """Raises TypeError if one is no name, ValueError if a name is unknown."""
     for name, given, known in (("impl", impl, IMPLS), ("algorithm", algorithm, ALGORITHMS)):
+        if not isinstance(given, str):
+            raise TypeError(
+                f"{name}: expected one of {', '.join(known)}, got {type(given).__name__}"
+            )
         if given not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
 
@@ -147,16 +152,17 @@ def of_program(name: str, given: str) -> str:
 _library = library.Library("alrp_triton", "DEF")
 _library.define(
     "locate(Tensor[] logits, Tensor[] targets, Tensor? positives, SymInt size, bool exact, "
-    "int ignore_index, str impl) -> (Tensor, Tensor)"
+    "SymInt ignore_index, str impl, "
+    "str name='loc_errors') -> (Tensor, Tensor)"
 )
 _library.define(
     "count(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor values, float delta, "
-    "int ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
+    "SymInt ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, Tensor weights, "
-    "Tensor own, float delta, int ignore_index, str impl, str algorithm, Tensor[] groups, "
+    "Tensor own, float delta, SymInt ignore_index, str impl, str algorithm, Tensor[] groups, "
     "Tensor? own_groups) -> Tensor[]"
 )
 _library.define(
@@ -169,11 +175,11 @@ _library.define(
 )
 _library.define(
     "skewed_mass(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor powers, float delta, "
-    "int ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
+    "SymInt ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
 )
 _library.define(
     "skewed_gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, "
-    "Tensor weights, Tensor own, Tensor powers, float delta, int ignore_index, str impl, "
+    "Tensor weights, Tensor own, Tensor powers, float delta, SymInt ignore_index, str impl, "
     "Tensor[] groups, Tensor? own_groups) -> Tensor[]"
 )
 _library.define("box_errors(Tensor pred, Tensor target, str kind, float tau) -> Tensor")
@@ -192,11 +198,33 @@ def _locate(
     exact: bool,
     ignore_index: int,
     impl: str,
+    name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
     module = layout
     if choose_impl(impl, logits[0].device) == "triton":
         module = load_kernels("locate", logits[0].device)
-    return module.locate(logits, targets, positives, size, exact, ignore_index)
+    index, scores = module.locate(logits, targets, positives, size, exact, ignore_index, name)
+    if positives is not None and index.device.type == "cpu":
+        _check_complete(logits, targets, index, ignore_index)
+    return index, scores
+
+
+def _check_complete(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, ignore_index: int
+) -> None:
+    """ValueError unless the positives that were given are all that there are, each once, or none.
+
+    On a CPU alone. On a device it would take a pass over the targets, which is what `positives`
+    saves, and about as many operators as a sort.
+    """
+    given = index[index >= 0]
+    if given.unique().numel() < given.numel():
+        raise ValueError("positives: expected every position once, got one several times")
+    number = layout.count_positives(logits, targets, ignore_index)
+    if given.numel() not in (0, number):
+        raise ValueError(
+            f"positives: expected all {number} positives of targets, got {given.numel()}"
+        )
 
 
 @library.impl(_library, "count", _implement)
@@ -374,7 +402,7 @@ def _box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau
 
 
 @library.register_fake("alrp_triton::locate", lib=_library)
-def _(logits, targets, positives, size, exact, ignore_index, impl):
+def _(logits, targets, positives, size, exact, ignore_index, impl, name="loc_errors"):
     index = targets[0].new_empty((size,), dtype=torch.int64)
     return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
 
@@ -425,6 +453,44 @@ def _(pred, target, kind, tau):
 def _(upstream, pred, target, kind, tau):
     return pred.new_empty(pred.shape)
 
+
+def _unbatched(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss ranks one batch and cannot be mapped over several by torch.vmap: call it "
+        "once for each"
+    )
+
+
+def _one_by_one(name: str) -> Callable[..., tuple[list[Tensor], list[int]]]:
+    """The rule for torch.vmap of an operator that returns a list: calls it once for each entry."""
+    operator = getattr(torch.ops.alrp_triton, name)
+
+    def pick(x: Any, dim: Any, place: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [pick(*pair, place) for pair in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, place)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = [operator(*pick(args, in_dims, place)) for place in range(info.batch_size)]
+        stacked = [torch.stack(levels) for levels in zip(*results, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
+def _one_upstream(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss has one upstream gradient at a time: expected is_grads_batched=False or "
+        "vectorize=False (torch.func.jacrev takes several)"
+    )
+
+
+# Gradients are asked for several at a time by jacobians. "Batched" is the vmap of torch.autograd.
+for _name in ("gradient", "skewed_gradient"):
+    library.register_vmap(f"alrp_triton::{_name}", _one_by_one(_name), lib=_library)
+    library.impl(_library, _name, "Batched")(_one_upstream)
+for _name in ("locate", "count", "sorting_count", "sorting_gradient", "skewed_mass"):
+    library.register_vmap(f"alrp_triton::{_name}", _unbatched, lib=_library)
 
 locate = torch.ops.alrp_triton.locate
 count = torch.ops.alrp_triton.count

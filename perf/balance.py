@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from perf import report
-from perf.train import importing_the_extra, positive
+from perf import arguments, report
 
 if TYPE_CHECKING:
     from perf.loop import History
 
 LOSSES = {"ce-giou": "cross entropy", "focal-giou": "focal loss", "alrp": "aLRP"}  # and titles
+FILES = ("results.json", "results.md", "balance.png")
 _SEED = 0
 _OPTIMISER = "adamw"
 _HEAD = (
@@ -46,30 +46,32 @@ of the head.
 """
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with `steps` resolved."""
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.balance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser() -> arguments.Parser:
+    parser = arguments.Parser("balance", __doc__)
     parser.add_argument(
-        "--steps", type=positive, help="iterations a loss (default: 600, or 120 if --quick)"
+        "--steps", type=arguments.times, help="iterations a loss (default: 600, or 120 if --quick)"
     )
     parser.add_argument("--quick", action="store_true", help="about a minute in all")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/balance"), help="folder (default: runs/balance)"
-    )
-    options = parser.parse_args(arguments)
+        "--out", type=arguments.folder, default=Path("runs/balance"),
+        help="folder (default: runs/balance)",
+    )  # fmt: skip
+    return parser
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with `steps` resolved."""
+    options = make_parser().parse_args(given)
     options.steps = options.steps or (120 if options.quick else 600)
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Trains with each loss and reports; returns the exit code: 0, or 130 after Ctrl-C."""
-    options = parse_arguments(arguments)
-    with importing_the_extra():
+    options = parse_arguments(given)
+    with arguments.importing("train"):
         from perf import loop, plots
+    make_parser().prepare(options.out, FILES)
     torch.set_num_threads(1)  # as perf.train on a CPU
     histories: dict[str, History] = {}
     for loss, title in LOSSES.items():
@@ -80,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run.interrupted:
             break
     if histories:
-        options.out.mkdir(parents=True, exist_ok=True)
         save(histories, options.steps, options.out)
         plots.save_balance(
             {title: history.ratio for title, history in histories.items()},
@@ -97,7 +98,7 @@ def table(histories: dict[str, History]) -> str:
     for title, history in histories.items():
         ratio, loss = history.ratio, history.classification
         late = ratio[len(ratio) // 2 :]
-        ratios = (ratio.min(), np.median(ratio), ratio.max(), late.min(), late.max())
+        ratios = (ratio.min(), statistics.median(ratio), ratio.max(), late.min(), late.max())
         window = -(-len(loss) // 20)
         fall = f"{loss[:window].mean():.3g} to {loss[-window:].mean():.3g}"
         rows.append([title, *map(report.significant, ratios), fall, str(len(loss))])

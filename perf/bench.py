@@ -3,6 +3,8 @@
 Every row is forward + backward of one call, interleaved with the other variants in rounds, after
 its value and gradient were held to the truth in float64; without parity there is no time. Runs on
 a CPU in about three minutes, and on a GPU where there is one. perf/README.md says how to read it.
+The exit status is 1 if this package did not compute what it should in some cell, or missed a goal;
+the last lines say which.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import peers
-from .bench_report import to_markdown, write
-from .goals import STANDARDS, judge
-from .real_boxes import retinanet_call
+from . import arguments
+from .bench_report import SUFFIXES, to_markdown, write
+from .goals import STANDARDS, Row, judge, missed, name_of
+from .peers import load
+from .real_boxes import coco_images, retinanet_call
 from .timing import (
     Times,
     copy_bandwidth,
@@ -40,6 +43,8 @@ from .workloads import CELLS, Cell, Inputs, draw
 _SECONDS, _FEWEST = 2.0, 3
 # By the type of device, where the command line does not say: runs of each, and minutes.
 _ROUNDS, _MINUTES = {"cpu": 7, "cuda": 20}, {"cpu": 3.5, "cuda": 9.0}
+
+_TOY = "rehearse"  # cells too small for a goal to mean anything
 
 Drop = Callable[[str, str, Iterable[Cell]], None]
 Calls = dict[str, Callable[[], object]]  # by the variant's name
@@ -258,44 +263,61 @@ def _say(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"{title}\n    {'; '.join(times)}", file=sys.stderr, flush=True)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what depends on the device is resolved."""
-    parser = argparse.ArgumentParser(prog="python -m perf.bench", description=__doc__)
+def make_parser() -> arguments.Parser:
+    parser = arguments.Parser("bench", __doc__)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: a GPU if there is one, else the CPU"
     )
     parser.add_argument("--cells", choices=tuple(CELLS), help="default: those of the device")
-    parser.add_argument("--rounds", type=int, help="runs of each (default: 7, or 20 on a GPU)")
     parser.add_argument(
-        "--minutes", type=float, help="no cell begins later (default: 3.5, or 9 on a GPU)"
+        "--rounds", type=arguments.times, help="runs of each (default: 7, or 20 on a GPU)"
     )
-    parser.add_argument("--coco", type=Path, help="COCO annotations, for the call on real boxes")
-    parser.add_argument("--peers", type=Path, help="checkout of the authors' code, to be timed too")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="default: %(default)s")
-    parser.add_argument("--name", help="of the files (default: bench-DEVICE)")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--minutes",
+        type=arguments.minutes,
+        help="no cell begins later (default: 3.5, or 9 on a GPU)",
+    )
+    parser.add_argument(
+        "--coco", type=arguments.existing_file, help="COCO annotations, for the call on real boxes"
+    )
+    parser.add_argument(
+        "--peers",
+        type=arguments.existing_folder,
+        help="checkout of the authors' code, to be timed too",
+    )
+    parser.add_argument(
+        "--out", type=arguments.folder, default=Path("runs"), help="default: %(default)s"
+    )
+    parser.add_argument("--name", type=arguments.name, help="of the files (default: bench-DEVICE)")
+    return parser
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what depends on the device is resolved, and files and folders are read."""
+    parser = make_parser()
+    options = parser.parse_args(given)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: expected cpu, since torch sees no GPU, got cuda")
     options.device = torch.device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
     on_gpu = options.device.type == "cuda"
     options.cells = options.cells or ("gpu" if on_gpu else "cpu")
     options.rounds = options.rounds or _ROUNDS[options.device.type]
-    if options.minutes is None:
-        options.minutes = _MINUTES[options.device.type]
+    options.minutes = options.minutes or _MINUTES[options.device.type]
     options.name = options.name or f"bench-{'gpu' if on_gpu else 'cpu'}"
+    if options.coco is not None:
+        options.coco = parser.read("--coco", coco_images, options.coco)
+    options.peers = {} if options.peers is None else parser.read("--peers", load, options.peers)
+    parser.prepare(options.out, [f"{options.name}.{suffix}" for suffix in SUFFIXES])
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if this package did not compute what it should in some cell."""
-    options = parse_arguments(arguments)
+def main(given: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 if this package was wrong in some cell, or missed a goal."""
+    options = parse_arguments(given)
     until = time.monotonic() + 60 * options.minutes
-    variants = dict(VARIANTS)
-    if options.peers:
-        try:
-            variants.update(peers.load(options.peers))
-        except FileNotFoundError as error:
-            sys.exit(f"--peers: {error}")
+    variants = VARIANTS | options.peers
     call = retinanet_call(options.coco, device=options.device)
     report = run(CELLS[options.cells], variants, options.device, options.rounds, until)
     report["goals"] = judge(report["rows"], STANDARDS[options.cells])
@@ -303,7 +325,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(to_markdown(report))
     for path in write(report, options.out, options.name):
         print(path, file=sys.stderr)
-    return int(any(row["variant"] == OURS and not row["parity"] for row in report["rows"]))
+    failed = failures(report["rows"], [] if options.cells == _TOY else report["goals"])
+    if failed:
+        print("\n".join(failed))
+    return int(bool(failed))
+
+
+def failures(rows: Sequence[Row], goals: Sequence[Row]) -> list[str]:
+    """What makes the exit code non-zero, a line each: wrong cells of ours, and missed goals."""
+    wrong = [row for row in rows if row["variant"] == OURS and not row["parity"]]
+    return [f"WRONG: {name_of(row)}" for row in wrong] + [f"MISSED: {x}" for x in missed(goals)]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ _COLUMNS = (
     "of the value",
 )
 
+SUFFIXES = ("json", "md", "png")  # of what is written
+
 _GOAL_COLUMNS = ("what", "to reach", "found", "reached", "where")
 
 _NOTES = f"""\
@@ -50,7 +52,7 @@ delta = 0 and an approximation otherwise: where that shows in its error, it gets
 def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """Writes NAME.json, NAME.md and, where matplotlib is installed, NAME.png; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
+    paths = [folder / f"{name}.{suffix}" for suffix in SUFFIXES]
     try:
         picture(report).savefig(paths[2], dpi=150)
     except ImportError:

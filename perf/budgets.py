@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from alrp_triton.reference import layout, pairwise
 from torch import Tensor
+
+from alrp_triton.reference import layout, pairwise
 
 if TYPE_CHECKING:
     from alrp_triton.kernels.tiles import BreakpointTiles, Tiles

@@ -35,7 +35,6 @@ def run(options: argparse.Namespace) -> int:
         # The operators are small: a second thread gains a fifth on idle cores, and waiting for it
         # makes an iteration several times slower on busy ones.
         torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
     images, truths = DigitCanvases("test", seed=0).batch(options.test_images)
     trained: list[Trained] = []
     interrupted = False

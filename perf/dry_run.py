@@ -38,6 +38,11 @@ def default_for(algorithm: str, target: str) -> Tiles | BreakpointTiles:
     return default_tiles(64) if is_amd else default_tiles(32, int(target.removeprefix("sm_")) // 10)
 
 
+def files(target: str) -> list[str]:
+    """The names of what `run` leaves."""
+    return [f"dry-run-{target}.json", f"dry-run-{target}.png"]
+
+
 def run(target: str, folder: Path, grids: Grids = GRIDS) -> list[Path]:
     """Compiles every candidate, prints the best of each kernel and dtype, writes JSON and PNG."""
     if os.environ.get("TRITON_INTERPRET"):
@@ -49,9 +54,9 @@ def run(target: str, folder: Path, grids: Grids = GRIDS) -> list[Path]:
             start = default_for(algorithm, target)
             rankings.append(rank(start, side, dtype, target, pool, grids[algorithm][side]))
             print(to_text(rankings[-1]), flush=True)
-    path = folder / f"dry-run-{target}.json"
+    path, picture = (folder / name for name in files(target))
     path.write_text(json.dumps(rankings, indent=1) + "\n")
-    return [path, *heatmap.save(heatmap.of_rankings(rankings), path.with_suffix(".png"))]
+    return [path, *heatmap.save(heatmap.of_rankings(rankings), picture)]
 
 
 def rank(

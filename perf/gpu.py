@@ -29,10 +29,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from alrp_triton.kernels import tuned
+
+from . import arguments, timing
+from .bench_report import SUFFIXES
 from .gpu_context import Context, Rehearsal, Task
+from .gpu_measurements import BENCHMARK
 from .gpu_steps import STEPS, Step
 
 _RESULTS = Path(__file__).parent / "results" / "gpu"
+_FILES = (
+    "report.json", "report.md", *(f"{BENCHMARK}.{suffix}" for suffix in SUFFIXES),
+)  # fmt: skip
 _MARGIN = 6.0  # seconds of the budget that are kept for ending
 _LATE = 20.0  # seconds by which a task may pass its step's share before it counts as hung
 _STARTING, _BETWEEN = "(start of the process)", "(between two tasks)"
@@ -313,34 +321,59 @@ def _write(report: Report, out: Path) -> None:
         part.replace(out / name)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parses the command line and runs; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu", description=__doc__.split("\n")[0])
+def make_parser() -> arguments.Parser:
+    parser = arguments.Parser("gpu", __doc__)
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy sizes")
-    parser.add_argument("--out", type=Path, help="folder (default: perf/results/gpu/<GPU>)")
-    parser.add_argument("--minutes", type=float, help="at most (default: 9; to rehearse, 30)")
-    parser.add_argument("--only", nargs="+", metavar="STEP", choices=[s.name for s in STEPS],
-                        help="these steps alone: " + ", ".join(s.name for s in STEPS))  # fmt: skip
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--out", type=arguments.folder, help="folder (default: perf/results/gpu/<GPU>)"
+    )
+    parser.add_argument(
+        "--minutes", type=arguments.minutes, help="at most (default: 9; to rehearse, 30)"
+    )
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, action=arguments.Each,
+                        help=f"these steps alone: {', '.join(names)}")  # fmt: skip
+    return parser
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what depends on whether it is a rehearsal is resolved."""
+    parser = make_parser()
+    options = parser.parse_args(given)
+    if not (options.rehearse or torch.cuda.is_available()):
+        parser.error("no CUDA or ROCm device: --rehearse walks the steps without one")
+    # A rehearsal shows that every step can be walked, on a machine however slow.
+    options.minutes = options.minutes or (30.0 if options.rehearse else 9.0)
+    options.steps = [step for step in STEPS if options.only is None or step.name in options.only]
+    return options
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs; the exit status."""
+    options, parser = parse_arguments(given), make_parser()
+    with arguments.importing("test"):
+        import triton  # noqa: F401
     make: type[Context] = Context
     if options.rehearse:
         make = Rehearsal
         os.environ["TRITON_INTERPRET"] = "1"  # for the worker, which imports the kernels
-        out = options.out or Path(tempfile.mkdtemp(prefix="rehearsal-"))
-    elif not torch.cuda.is_available():
-        print("no CUDA or ROCm device: --rehearse walks the steps without one", file=sys.stderr)
-        return 2
+        out = options.out or parser.read("--out", _temporary_folder)
     else:
         os.environ.pop("TRITON_INTERPRET", None)
-        name = torch.cuda.get_device_name(0).replace(" ", "-").replace("/", "-")
-        out = options.out or _RESULTS / name
-    steps = [step for step in STEPS if options.only is None or step.name in options.only]
-    # A rehearsal shows that every step can be walked, on a machine however slow.
-    default = 30.0 if options.rehearse else 9.0
-    minutes = default if options.minutes is None else options.minutes
-    report = run(steps, make, out, minutes)
+        gpu = torch.cuda.get_device_name(0).replace(" ", "-").replace("/", "-")
+        out = options.out or _RESULTS / gpu
+    device = make(out).device
+    tuned_file = tuned.file_name(timing.machine(device)["device"])
+    parser.prepare(out, [*_FILES, *(f"{name}.part" for name in _FILES[:2]), tuned_file])
+    if (path := out / tuned_file).exists():
+        parser.read("--out", tuned.read_file, path, tuned.defaults_for(device, torch.float32))
+    report = run(options.steps, make, out, options.minutes)
     print(f"\n{table(report)}\n\n{out / 'report.json'}", flush=True)
     return 1 if failures(report) else 0
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="rehearsal-"))
 
 
 if __name__ == "__main__":

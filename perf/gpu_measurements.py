@@ -28,6 +28,8 @@ from .gpu_context import DTYPES, ENDING, Call, Context, Task
 from .parity_checks import Size
 from .workloads import DISTRIBUTIONS
 
+BENCHMARK = "bench"  # the name of its files
+
 
 def about(context: Context) -> Iterator[Task]:
     """The machine, and which algorithms have kernels."""
@@ -185,7 +187,7 @@ def _benchmark(context: Context) -> dict[str, Any]:
         report = bench.run(cells, bench.VARIANTS, context.device, rounds, until, progress=False)
     rows = report["rows"]
     report["goals"] = bench.judge(rows, bench.STANDARDS[context.cells])
-    files = bench.write(report, context.out, "bench")
+    files = bench.write(report, context.out, BENCHMARK)
     wrong = [row for row in rows if row["variant"] == bench.OURS and not row["parity"]]
     result = {"ok": not wrong, "rows": len(rows), "files": _names(files)}
     # As in the middle of a training, where most of it is spent.
@@ -225,11 +227,11 @@ def tuning(context: Context) -> Iterator[Task]:
 
 
 def _tune(context: Context) -> dict[str, Any]:
-    autotune = importlib.import_module("perf.autotune")
+    tuner = importlib.import_module("perf.tuner")
     seconds = context.until - ENDING - time.monotonic()
     with _tuned(context):  # those of an earlier run are what has to be beaten
-        result = autotune.tune(context.device, seconds, progress=False)
-    files = _names(autotune.write(result, context.out))
+        result = tuner.tune(context.device, seconds, progress=False)
+    files = _names(tuner.write(result, context.out))
     costs = {
         fit["dtype"]: {
             "taken": fit["taken"],
@@ -238,7 +240,7 @@ def _tune(context: Context) -> dict[str, Any]:
         }
         for fit in result["fits"]
     }
-    gains = autotune.gains(result)
+    gains = tuner.gains(result)
     return {"files": files, "gains": gains, "costs": costs, "not_reached": result["left_out"]}
 
 

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from alrp_triton.reference import layout
 from torch import Tensor
 
 from alrp_triton import alrp_loss, ap_loss
+from alrp_triton.reference import layout
 
 from .budgets import (
     IGNORE,

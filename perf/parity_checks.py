@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from alrp_triton.reference import breakpoints, layout, pairwise
 from torch import Tensor
 
 from alrp_triton import alrp_loss, ops
+from alrp_triton.reference import breakpoints, layout, pairwise
 
 from .budgets import (
     IGNORE,

@@ -15,15 +15,19 @@ from alrp_triton import alrp_loss
 from .timing import Times, interleave, peak_memory
 from .workloads import draw_logits
 
+Images = list[tuple[Tensor, Tensor]]  # boxes (G, 4) and classes (G,) of each
+
+_IMAGES = 4
+_CLASSES = 80
+
 
 def retinanet_call(
-    annotations: Path | None, images: int = 4, device: torch.device | None = None
+    images: Images | None = None, device: torch.device | None = None
 ) -> dict[str, Any]:
     """One RetinaNet-sized call on boxes, real ones if there are: seconds, and forward's memory."""
     device = device or torch.device("cpu")
-    boxes = coco_images(annotations, images) if annotations else drawn_images(images)
-    targets = retinanet_targets(boxes)
-    logits = draw_logits(targets, 80, "mid").to(device)
+    targets = retinanet_targets(images or drawn_images(_IMAGES))
+    logits = draw_logits(targets, _CLASSES, "mid").to(device)
     loc_errors = torch.rand(int((targets >= 0).sum())).to(device)
     ignored = int((targets == -100).sum()) * 80
     targets = targets.to(device)
@@ -40,7 +44,7 @@ def retinanet_call(
     }
     seconds = interleave(calls, device, rounds=3)
     return {
-        "boxes": annotations.name if annotations else "drawn",
+        "boxes": "COCO's" if images else "drawn",
         "N": logits.numel(),
         "P": loc_errors.numel(),
         "ignored": ignored,
@@ -50,7 +54,7 @@ def retinanet_call(
     }
 
 
-def retinanet_targets(images: list[tuple[Tensor, Tensor]], size: int = 512) -> Tensor:
+def retinanet_targets(images: Images, size: int = 512) -> Tensor:
     """Class indices (N,) of RetinaNet's anchors over square images, all images in turn.
 
     Two scales and three ratios at each place of strides 8 to 128; positive from IoU 0.5 on, and the
@@ -64,10 +68,16 @@ def retinanet_targets(images: list[tuple[Tensor, Tensor]], size: int = 512) -> T
     return torch.cat([_assign(anchors, boxes, classes) for boxes, classes in images])
 
 
-def coco_images(annotations: Path, number: int, size: int = 512) -> list[tuple[Tensor, Tensor]]:
-    """Boxes and classes of the images with most boxes in a COCO annotation file."""
+def coco_images(annotations: Path, number: int = _IMAGES, size: int = 512) -> Images:
+    """Boxes and classes of the images with most boxes in a COCO annotation file.
+
+    Raises:
+        ValueError: if it has no boxes, or not COCO's classes; and whatever reading it raises.
+    """
     data = json.loads(annotations.read_text())
     classes = {c: i for i, c in enumerate(sorted({a["category_id"] for a in data["annotations"]}))}
+    if not 1 <= len(classes) <= _CLASSES:
+        raise ValueError(f"expected boxes of at most {_CLASSES} categories, got {len(classes)}")
     shapes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     found: dict[int, list] = {}
     for annotation in data["annotations"]:
@@ -78,11 +88,15 @@ def coco_images(annotations: Path, number: int, size: int = 512) -> list[tuple[T
         boxes = torch.tensor([a["bbox"] for a in found[image_id]], dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]
         boxes *= torch.tensor(shapes[image_id]).repeat(2).reciprocal() * size
+        if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            raise ValueError(f"image {image_id}: expected boxes [x, y, width, height] with an area")
         images.append((boxes, torch.tensor([classes[a["category_id"]] for a in found[image_id]])))
+    if not images:
+        raise ValueError("expected an image with boxes that are no crowd")
     return images
 
 
-def drawn_images(number: int, classes: int = 80, size: int = 512) -> list[tuple[Tensor, Tensor]]:
+def drawn_images(number: int, classes: int = _CLASSES, size: int = 512) -> Images:
     """Boxes as COCO has them on average: seven an image, most of them small."""
     generator = torch.Generator().manual_seed(0)
     images = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 MEASURES = ("AP", "AP50", "AP75", "AP90", "oLRP", "rho", "ms/it", "loss share")
@@ -78,7 +79,7 @@ def facts(settings: dict) -> str:
 
 def _finite(measures: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN."""
-    return {name: value if np.isfinite(value) else None for name, value in measures.items()}
+    return {name: value if math.isfinite(value) else None for name, value in measures.items()}
 
 
 def _row(results: list[Result]) -> list[str]:
@@ -96,13 +97,13 @@ def _row(results: list[Result]) -> list[str]:
 
 
 def _cell(name: str, values: list[float | None]) -> str:
-    if any(value is None or not np.isfinite(value) for value in values):
+    if any(value is None or not math.isfinite(value) for value in values):
         return "-"
     scale, digits = {"rho": (1, 2), "ms/it": (1, 0), "loss share": (100, 0)}.get(name, (100, 1))
-    numbers = scale * np.array(values)
-    text = f"{numbers.mean():.{digits}f}"
+    numbers = [scale * value for value in values]
+    text = f"{statistics.fmean(numbers):.{digits}f}"
     if len(numbers) > 1:
-        text += f" +- {numbers.std(ddof=1):.{digits}f}"
+        text += f" +- {statistics.stdev(numbers):.{digits}f}"
     return text + " %" * (name == "loss share")
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from alrp_triton.reference import layout, pairwise, sorting
 from torch import Tensor
+
+from alrp_triton.reference import layout, pairwise, sorting
 
 from .budgets import (
     Case,

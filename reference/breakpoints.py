@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from .edges import Edges, Steps, sort_edges
 from .layout import write_positives
 from .scratch import Scratch
+from .sums import sum_by_place
 from .survey import Part, survey
 
 # Neighbours are counted in so many rows in turn, a power of two. Most fall into the same interval,
@@ -61,11 +62,11 @@ def count(
         )
     interval = edges.look_up(scores, edges.lines and edges.lines.own, scratch)
     values = torch.stack([torch.ones_like(values), values]).double()
-    index = interval.long().expand_as(values)
-    number[1:].scatter_add_(1, index, values)
-    if delta > 0:
-        offset = _offset(scores, interval, edges, scratch)
-        distance[1:].scatter_add_(1, index, values * offset)
+    offset = _offset(scores, interval, edges, scratch) if delta > 0 else None
+    for row, value in enumerate(values, start=1):
+        number[row] = sum_by_place(value, interval, number.shape[1])
+        if delta > 0:
+            distance[row] = sum_by_place(value * offset, interval, number.shape[1])
 
     from_start = edges.sum_from_above(number)
     means = _window_mean(edges, from_start, number, distance, delta)
@@ -158,7 +159,7 @@ def _sum_negatives(
         interval.add_(apart[:many])
         number += interval.bincount(minlength=lanes * size)
         if delta > 0:
-            distance += interval.bincount(offset, minlength=lanes * size)
+            distance += sum_by_place(offset, interval, lanes * size)
         unordered = unordered or (not ordered and bool(part.scores.isnan().any()))
     return number.view(lanes, size).sum(0), distance.view(lanes, size).sum(0), unordered
 

@@ -15,19 +15,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .layout import LARGEST
-from .lines import Lines, sort_lines, sum_along
+from .lines import Lines, sort_lines
 from .runs import find
 from .scratch import Scratch
+from .sums import running_sum, sum_along
 
 # Cells of the table that tells most scores their interval without a search.
 CELLS = 1 << 16
 CELLS_PER_EDGE = 4  # if that is more: with 50,000 positives 2^16 would leave most to the search
 SCORES_PER_CELL = 4  # at least so many: fewer scores do not pay for a table as fine as that
 FEWEST_CELLS = 64
+MOST_CELLS = 1 << 24  # so that each has its number in float32
+
+# Most edges are all but one in so many at either end. Where all together reach so many times as far
+# as most, the cells reach so many times the length of most beyond these.
+AT_AN_END = 8
+FAR = 1024
+REACH = 8
 
 # So few scores are searched for one by one, and sorted as they are: the table, or integers made of
 # them, would cost more.
 FEW = 1 << 14
+
+# Below all edges, and finite in every dtype: where something is put that shall count nowhere.
+BELOW_ALL = -4 * LARGEST
 
 # Added to what a cell holds if an edge falls into it. More than any number of edges.
 OPEN = 1 << 30
@@ -60,12 +71,12 @@ class Edges:
 
     def running_sum(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line up to each."""
-        return x.cumsum(-1) if self.lines is None else sum_along(x, self.lines.before)
+        return running_sum(x) if self.lines is None else sum_along(x, self.lines.before)
 
     def sum_from_above(self, x: Tensor) -> Tensor:
         """(..., I) sum over the intervals of the same line from each on."""
         if self.lines is None:
-            return x.flip(-1).cumsum_(-1).flip(-1)
+            return running_sum(x.flip(-1)).flip(-1)
         return sum_along(x.flip(-1), self.lines.behind.flip(0)).flip(-1)
 
     @cached_property
@@ -74,37 +85,17 @@ class Edges:
         first = self.key[0].item()
         return first if first > -LARGEST else -torch.inf
 
-    @cached_property
-    def bounds(self) -> tuple[float, float]:
-        """A number below all edges and one above them, with room for a cell or more between."""
-        first, last = self.key[0].item(), self.key[-1].item()
-        unit = torch.finfo(self.key.dtype)
-        margin = max(
-            1.5 * (last - first) / (self.cells - 4),
-            2 * unit.eps * max(-first, last),
-            self.cells * unit.tiny,
-        )
-        return first - margin, last + margin
-
-    def within_bounds(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
-        """The finite scores, in their compute dtype; those beyond all edges may be moved nearer.
-
-        Written to `out` of that dtype, if given.
-        """
-        lowest, highest = max(self.bounds[0], -LARGEST), min(self.bounds[1], LARGEST)
-        return torch.clamp(scores.to(self.key.dtype), lowest, highest, out=out)
-
     def look_up(
         self, scores: Tensor, line: Tensor | None, scratch: Scratch, ordered: bool = False
     ) -> Tensor:
-        """The interval of each score within bounds (n,) on its line, int32.
+        """The interval of each score (n,) on its line, int32.
 
         Most scores fall into a cell of the line of scores that no edge falls into, where the table
         knows how many edges lie below. Where a cell ends does not matter, since `_cell` keeps
         order: an edge in a lower cell is below the score, one in a higher cell above it.
 
         Args:
-            scores: NaN are given some interval.
+            scores: in the dtype of the edges; NaN are given some interval.
             line: int64; None without groups.
             scratch: where the intervals may stand.
             ordered: whether it is known that no score is NaN.
@@ -143,13 +134,39 @@ class Edges:
         inside = inside.bincount(minlength=self.cells)
         return inside.cumsum(0).add_(inside.clamp_(max=1), alpha=OPEN).to(torch.int32)
 
+    @cached_property
+    def _grid(self) -> tuple[float, float]:
+        """Where the cells begin, and how many there are to a unit of the score.
+
+        They reach from below all edges to above them; but where a few edges are far away, from
+        below most to above most, or these would share a few cells. Scores beyond have the first
+        cell or the last, where they are searched for.
+        """
+        first, last = self.key[0].item(), self.key[-1].item()
+        few = max(2, self.key.numel() // AT_AN_END)
+        if self.key.numel() > 2 * few:
+            low, high = self.key[few].item(), self.key[-1 - few].item()
+            if 0 < FAR * (high - low) < last - first:
+                reach = REACH * (high - low)
+                first, last = max(first, low - reach), min(last, high + reach)
+        unit = torch.finfo(self.key.dtype)
+        margin = max(
+            1.5 * (last - first) / (self.cells - 4),
+            2 * unit.eps * max(-first, last),
+            self.cells * unit.tiny,
+        )
+        return first - margin, (self.cells - 1) / (last - first + 2 * margin)
+
     def _cell(self, scores: Tensor, scratch: Scratch, ordered: bool) -> Tensor:
-        """The cell of each score (n,), int32: they cut the line between the bounds."""
-        below, above = self.bounds
-        # Rounding must not lead behind the last one.
-        last = (self.cells - 1) * (1 - 4 * torch.finfo(scores.dtype).eps)
-        place = torch.sub(scores, below, out=scratch("place", scores, scores.dtype))
-        place.mul_(last / (above - below))
+        """The cell of each score (n,), int32: they cut the line where the edges are.
+
+        Each of the four steps keeps order, however it is rounded. The clamp is the last before the
+        place is cut to an integer, and `MOST_CELLS` is exact in every dtype: so no score, at
+        infinity or beside the edges by a rounding, has a cell that is not in the table.
+        """
+        begin, per_unit = self._grid
+        place = torch.sub(scores, begin, out=scratch("place", scores, scores.dtype))
+        place.mul_(per_unit).clamp_(0, self.cells - 1)
         if not ordered:
             place.nan_to_num_()
         return scratch("cell", scores, torch.int32).copy_(place)
@@ -229,6 +246,7 @@ def sort_edges(
         cells=min(
             max(CELLS, CELLS_PER_EDGE * place.numel()),
             max(FEWEST_CELLS, looked_up // SCORES_PER_CELL),
+            MOST_CELLS,
         ),
     )
 
@@ -266,5 +284,5 @@ def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     key = high.to(dtype)
     short = (high - key) + low > 0  # the difference is exact
     key = torch.where(short, key.nextafter(key.new_full((), torch.inf)), key)
-    # Beyond all scores one number is as good as another: these leave room for the bounds.
+    # Beyond all scores one number is as good as another: these are above `BELOW_ALL`.
     return key.clamp(-2 * LARGEST, 2 * LARGEST)

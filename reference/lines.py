@@ -15,6 +15,9 @@ from torch import Tensor
 # Groups times edges up to which a table tells the place of an edge on the line of a group.
 TABLE = 1 << 22
 
+# Numbers from the lowest to the highest group up to which a table tells the line of each.
+NUMBERS = 1 << 20
+
 
 @dataclass
 class Lines:
@@ -29,9 +32,28 @@ class Lines:
     def of(self, groups: Tensor) -> Tensor:
         """The line of each group, int64."""
         groups = groups.to(self.groups.dtype).contiguous()
+        first, last = self._range
+        if last - first < NUMBERS:
+            place = groups.clamp(first, last).sub_(first)
+            return self._line_of_number.index_select(0, place.view(-1)).view(place.shape)
         line = torch.searchsorted(self.groups, groups)
-        last = self.groups.numel()
-        return line.where(self.groups[line.clamp(max=last - 1)] == groups, last)
+        nobody = self.groups.numel()
+        return line.where(self.groups[line.clamp(max=nobody - 1)] == groups, nobody)
+
+    @cached_property
+    def _range(self) -> tuple[int, int]:
+        """A number below all groups and one above them, unless int64 has none."""
+        limits = torch.iinfo(self.groups.dtype)
+        lowest, highest = self.groups[0].item(), self.groups[-1].item()
+        return max(lowest - 1, limits.min), min(highest + 1, limits.max)
+
+    @cached_property
+    def _line_of_number(self) -> Tensor:
+        """The line of each number of the range."""
+        first, last = self._range
+        nobody = self.groups.numel()
+        line = self.groups.new_full((last - first + 1,), nobody)
+        return line.index_copy_(0, self.groups - first, torch.arange(nobody, device=line.device))
 
     def interval(self, line: Tensor, below: Tensor) -> Tensor:
         """The interval, int32, of scores on their lines, from how many edges lie below each."""
@@ -77,17 +99,3 @@ def sort_lines(own_groups: Tensor, by_score: Tensor, place: Tensor) -> tuple[Lin
     before = intervals.repeat_interleave(intervals) - 1 - behind
     codes = line * (order.numel() + 1) + order + 1
     return Lines(groups, own, codes, before, behind), interval[place]
-
-
-def sum_along(x: Tensor, before: Tensor) -> Tensor:
-    """(..., I) running sums that start anew with each line.
-
-    By doubling: after a round of length n each sum holds the last 2n summands of its line. So
-    nothing of another line is ever added, which would have to be taken away again.
-    """
-    x = x.clone()
-    length = 1
-    while length <= int(before.max()):
-        x[..., length:] += x[..., :-length].where(before[length:] >= length, 0)
-        length *= 2
-    return x

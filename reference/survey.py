@@ -12,11 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import layout
-from .edges import Edges
+from .edges import BELOW_ALL, Edges
 from .layout import (
     at_logits,
     blocks,
     exclude_non_negatives,
+    finite,
     is_negative,
     over_classes,
     unravel,
@@ -108,8 +109,8 @@ def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iter
         if found.numel() == 0:
             continue
         at = unravel(where_in_runs(some, found), block.logits.shape)
-        scores = edges.within_bounds(scores.index_select(0, found))
-        scores = scores.where(is_negative(at, block.targets, ignore_index), edges.bounds[0])
+        scores = finite(scores.index_select(0, found))
+        scores = scores.where(is_negative(at, block.targets, ignore_index), BELOW_ALL)
         lines = None if block.groups is None else edges.lines.of(at_logits(block.groups, at))
         yield Part(scores, lines, at)
 
@@ -118,8 +119,8 @@ def _by_piece(block: Block, edges: Edges, ignore_index: int, scratch: Scratch) -
     """Where many are: all logits, a piece of the block at a time."""
     for rows, places, piece, targets in blocks(block.logits, block.targets):
         scores = scratch("scores", piece, edges.key.dtype)
-        shaped = edges.within_bounds(piece, out=scores.view(piece.shape))
-        exclude_non_negatives(shaped, targets, ignore_index, fill=edges.bounds[0])
+        shaped = finite(piece, out=scores.view(piece.shape))
+        exclude_non_negatives(shaped, targets, ignore_index, fill=BELOW_ALL)
         lines = None
         if block.groups is not None:
             lines = edges.lines.of(block.groups[rows, ..., places])

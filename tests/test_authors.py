@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from alrp_triton.reference import pairwise
 from conftest import HAS_GPU
 from examples import relative_error
 from hypothesis import given, settings
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import alrp_loss, ap_loss, rank_sort_loss, set_backend
 from alrp_triton.integrations.authors import AP_loss, APLoss, RankSort, aLRPLoss
+from alrp_triton.reference import pairwise
 from perf import budgets
 from perf.loss_budget import (
     SECOND_ORDER,
@@ -759,6 +760,62 @@ def test_wrong_calls_are_named(loss):
         LOSSES[loss]([logits], marks_of(loss, targets))
     with pytest.raises(TypeError, match="logits: expected float32"):
         LOSSES[loss](logits.long(), marks_of(loss, targets))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda right: None,
+        lambda right: 1.0,
+        lambda right: right.tolist(),
+        lambda right: right.to(torch.complex64),
+        lambda right: right.to_sparse(),
+        lambda right: torch.nested.nested_tensor([right]),
+    ],
+    ids=["none", "number", "list", "complex", "sparse", "nested"],
+)
+@pytest.mark.parametrize("name", ["logits", "targets"])
+def test_what_is_no_tensor_of_numbers_is_named(loss, wrong, name):
+    logits, targets = draw(20)
+    targets = marks_of(loss, targets)
+    given = {"logits": logits, "targets": targets}
+    errors = torch.rand(20, device=DEVICE)
+    given[name] = wrong(given[name])
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+        aLRPLoss.apply(*given.values(), errors) if loss == "alrp" else LOSSES[loss](*given.values())
+
+
+@pytest.mark.parametrize(
+    "eps", [None, "1", True, [1], torch.tensor(1.0), 1j, float("nan"), -1e-9, 10**400]
+)
+def test_a_wrong_eps_is_named(eps):
+    logits, targets = draw(20)
+    for call in (
+        lambda: aLRPLoss.apply(logits, marks_of("alrp", targets), targets[targets > 0], eps=eps),
+        lambda: RankSort.apply(logits, targets, eps=eps),
+    ):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"^eps: expected a number( from 0 on)?, got"
+        ):
+            call()
+
+
+def test_eps_of_any_real_type():
+    logits, targets = draw(20)
+    expected = RankSort.apply(logits, targets, eps=0.5)
+    for eps in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        assert all(map(torch.equal, RankSort.apply(logits, targets, eps=eps), expected))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_second_derivative(loss):
+    logits, targets = draw(20)
+    leaf = leaf_of(logits)
+    value = LOSSES[loss](leaf, marks_of(loss, targets))
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
 
 
 def test_wrong_regression_losses_are_named():

@@ -16,13 +16,14 @@ pytest.importorskip("triton")
 from alrp_triton.kernels import breakpoints, pairwise, tuned
 from alrp_triton.kernels.costs import Breakpoints, Costs, Pairwise, default_costs
 from alrp_triton.kernels.tiles import BreakpointTiles, Class, Tiles, dtype_class
-from perf import autotune, cost_model, machine_code, progress, search, timing
+from perf import autotune, cost_model, dry_run, machine_code, progress, search, timing, tuner
 from perf.candidates import ALGORITHMS, GOALS, GRIDS, REHEARSED_GOALS, SIDES, Goal, candidates
 from perf.cost_model import Call, Timed
 from perf.judge import Judge, draw
 from perf.machine_code import LIMITS, Compiled, Task, resident_warps
 
 CPU = torch.device("cpu")
+LONG = 3600.0  # seconds: on a machine however busy, no test runs out of them
 GOAL = Goal("pairwise", Class("float32", (1, 64), (1, 1 << 20)), 5, 60, "spread")
 LOOK_UP = GOAL._replace(algorithm="breakpoints", kind=Class("16-bit", (1, None), (1, None)))
 GRID = {
@@ -101,7 +102,7 @@ def run(monkeypatch, seconds, goal=GOAL, **settings):
     clock = Clock(seconds)
     monkeypatch.setattr(timing, "interleave", clock.interleave)
     given = {"progress": False, "grids": GRIDS_HERE, "calls": (), **settings}
-    result = autotune.tune(CPU, 60, [goal], **given)
+    result = tuner.tune(CPU, LONG, [goal], **given)
     (entry,) = result[goal.algorithm]
     kind = Tiles if goal.algorithm == "pairwise" else BreakpointTiles
     return kind(**entry["tiles"]), entry["measured"], result, clock
@@ -116,13 +117,13 @@ def test_the_fastest_sizes_are_chosen_for_each_kernel(monkeypatch):
     assert measured["gradient"]["gain"] == pytest.approx(0.5)
 
 
-KEPT = {"16-bit": autotune._as_objects(default_costs(torch.bfloat16))}
+KEPT = {"16-bit": tuner._as_objects(default_costs(torch.bfloat16))}
 
 
 def test_a_slower_candidate_does_not_replace_a_tuned_one(monkeypatch, tmp_path):
     in_use = Tiles(count_block=64, count_rows=2, gradient_rows=4)
     old = {
-        "class": autotune._kind(GOAL), "tiles": in_use._asdict(),
+        "class": tuner._kind(GOAL), "tiles": in_use._asdict(),
         "measured": {"count": {"seconds": 1.0, "gain": 0.5}},
     }  # fmt: skip
     name = tuned.file_name(timing.machine(CPU)["device"])
@@ -164,7 +165,7 @@ def test_a_candidate_with_a_planted_error_is_refused_however_fast(monkeypatch, s
     assert {x["tiles"][size] for x in refused} == {wrong}
     assert all("times its budget" in x["refused"] and x["seconds"] is None for x in refused)
     assert all(getattr(x, size) != wrong for x in clock.timed)  # checked before any time
-    assert "refused" in autotune.to_text(result)
+    assert "refused" in tuner.to_text(result)
 
 
 def test_a_candidate_that_does_not_run_or_repeat_is_refused(monkeypatch):
@@ -197,13 +198,13 @@ def test_a_candidate_that_spills_is_not_run(monkeypatch):
     def examine(tasks):
         return [Compiled(255, int(x.tiles.count_rows == 2), 0, 2.0, 8) for x in tasks]
 
-    monkeypatch.setattr(autotune, "_nothing_compiled", examine)
+    monkeypatch.setattr(tuner, "_nothing_compiled", examine)
     tiles, _, _, clock = run(monkeypatch, lambda x: float(x.count_rows))
     assert tiles.count_rows == 4
     assert all(x.count_rows == 4 for x in clock.timed)
 
     # But the sizes in use are: only a time or a wrong result takes them out.
-    monkeypatch.setattr(autotune, "_nothing_compiled", lambda tasks: [_spilling(x) for x in tasks])
+    monkeypatch.setattr(tuner, "_nothing_compiled", lambda tasks: [_spilling(x) for x in tasks])
     assert run(monkeypatch, lambda x: 1.0)[0] == Tiles()
 
 
@@ -212,16 +213,16 @@ def _spilling(task: Task) -> Compiled:
 
 
 def test_without_time_everything_stays_and_is_said():
-    result = autotune.tune(CPU, 0, [GOAL], progress=False, calls=[Call("float32", 5, 60)])
+    result = tuner.tune(CPU, 0, [GOAL], progress=False, calls=[Call("float32", 5, 60)])
     assert result["pairwise"] == []
-    assert "no time left for: pairwise, float32, P = 5, N = 60; costs, float32" in autotune.to_text(
+    assert "no time left for: pairwise, float32, P = 5, N = 60; costs, float32" in tuner.to_text(
         result
     )
 
 
 def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
     judge = Judge(draw(GOAL, CPU))
-    until = time.monotonic() + 60
+    until = time.monotonic() + LONG
     of_count = search.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
     monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
     assert of_count.run(Tiles(), GRID["count"]) == (Tiles(), {})
@@ -240,7 +241,7 @@ def test_the_sizes_of_the_breakpoint_kernels_are_tuned(monkeypatch):
     )
     assert tiles == DEFAULTS.breakpoints._replace(count_rows=8, patterns=1 << 13, gradient_rows=32)
     assert measured["count"]["gain"] == pytest.approx(0.75)
-    assert "breakpoints, 16-bit, P from 1, N from 1, count" in autotune.gains(result)
+    assert "breakpoints, 16-bit, P from 1, N from 1, count" in tuner.gains(result)
     assert result["pairwise"] == []
     assert tuned.parse(json.loads(json.dumps({"breakpoints": result["breakpoints"]})), DEFAULTS)
 
@@ -273,15 +274,15 @@ def times_of(costs, factor=1.0):
 
 def test_costs_are_fitted_and_the_package_reads_them(monkeypatch, tmp_path):
     monkeypatch.setattr(cost_model, "time_calls", times_of(TRUE))
-    result = autotune.tune(CPU, 60, [], progress=False, calls=cost_model.CALLS)
-    for path in autotune.write(result, tmp_path):
+    result = tuner.tune(CPU, LONG, [], progress=False, calls=cost_model.CALLS)
+    for path in tuner.write(result, tmp_path):
         assert path.exists()
     found = tuned.read_file(tmp_path / tuned.file_name(timing.machine(CPU)["device"]), DEFAULTS)
     assert set(found.costs) == {"float32", "16-bit"}
     for costs in found.costs.values():
         for prices, true in zip(costs, TRUE, strict=True):
             assert prices == pytest.approx(true, rel=1e-6)
-    assert "the slower algorithm for 0 of 16 calls" in autotune.to_text(result)
+    assert "the slower algorithm for 0 of 16 calls" in tuner.to_text(result)
 
 
 def test_costs_that_would_lose_more_replace_nothing(monkeypatch, tmp_path):
@@ -296,20 +297,20 @@ def test_costs_that_would_lose_more_replace_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cost_model, "time_calls", time_calls)
     name = tuned.file_name(timing.machine(CPU)["device"])
-    in_use = {"float32": autotune._as_objects(TRUE)}
+    in_use = {"float32": tuner._as_objects(TRUE)}
     (tmp_path / name).write_text(json.dumps({"costs": in_use}))
     calls = [call for call in cost_model.CALLS if call.dtype == "float32"]
-    result = autotune.tune(CPU, 60, [], progress=False, calls=calls, folder=str(tmp_path))
+    result = tuner.tune(CPU, LONG, [], progress=False, calls=calls, folder=str(tmp_path))
     assert result["costs"] == in_use
     (fit,) = result["fits"]
     assert fit["before"]["lost"] == 0 < fit["measured"]["lost"]
-    assert "the costs stay" in autotune.to_text(result)
+    assert "the costs stay" in tuner.to_text(result)
 
 
 def test_too_few_times_change_no_costs(monkeypatch):
     monkeypatch.setattr(cost_model, "time_calls", times_of(TRUE))
     calls = [call for call in cost_model.CALLS if call.dtype == "float32"][:3]
-    result = autotune.tune(CPU, 60, [], progress=False, calls=calls)
+    result = tuner.tune(CPU, LONG, [], progress=False, calls=calls)
     assert result["costs"] == {}
     assert result["left_out"] == ["costs, float32"]
 
@@ -422,7 +423,7 @@ def test_dry_run_command(tmp_path):
 def test_dry_run_refuses_the_interpreter(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        autotune.main(["--dry-run", "--out", str(tmp_path)])
+        dry_run.run("sm_90", tmp_path)
 
 
 def test_what_does_not_compile_is_said(monkeypatch):
@@ -437,10 +438,10 @@ def test_what_does_not_compile_is_said(monkeypatch):
 def test_command_writes_a_file_that_the_package_reads(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("ALRP_TRITON_TILES", str(tmp_path))
-    monkeypatch.setattr(autotune, "REHEARSED_GRIDS", GRIDS_HERE)
+    monkeypatch.setattr(tuner, "REHEARSED_GRIDS", GRIDS_HERE)
     monkeypatch.setattr(timing, "interleave", Clock(lambda tiles: 1e-3).interleave)
     monkeypatch.setattr(cost_model, "time_calls", times_of(TRUE))
-    autotune.main([])
+    assert autotune.main(["--minutes", "60"]) == 0
     path = tmp_path / tuned.file_name(timing.machine(CPU)["device"])
     found = tuned.read_file(path, DEFAULTS)
     for algorithm, entries in (("pairwise", found.pairwise), ("breakpoints", found.breakpoints)):

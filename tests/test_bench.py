@@ -1,4 +1,4 @@
-"""The benchmark, and what the CPU path has to cost at most."""
+"""The benchmark, and what a call on the CPU is made of."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import re
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from alrp_triton import alrp_loss
+from alrp_triton import alrp_loss, ops
 from perf import bench, focal, peers, real_boxes, workloads
 from perf.bench_report import picture, to_markdown, write
 from perf.variants import OURS, VARIANTS, Variant, at_most_pairs, at_most_positives
@@ -265,7 +268,7 @@ CALL = {
 def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torchvision")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "retinanet_call", lambda coco, device: CALL)
+    monkeypatch.setattr(bench, "retinanet_call", lambda images, device: CALL)
     monkeypatch.setattr(bench, "VARIANTS", QUICK)
     options = ["--cells", "rehearse", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
     assert bench.main([*options, "--name", "tiny"]) == 0
@@ -281,6 +284,58 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(bench, "VARIANTS", {OURS: PLANTED["value"]})
     assert bench.main(options) == 1
+
+
+def found(what="times faster than a rival", least=4.0, reached=False):
+    """A goal as `judge` returns it."""
+    return {
+        "what": what, "found": least, "bound": 5.0, "at_least": True, "reached": reached,
+        "cell": "mid", "cells": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("goals", "status", "last"),
+    [
+        ([found(reached=True), found(reached=None)], 0, None),
+        (
+            [found(), found(reached=True), found("time over time", 6.0)],
+            1,
+            [
+                "MISSED: times faster than a rival: 4, to reach at least 5 (mid)",
+                "MISSED: time over time: 6, to reach at least 5 (mid)",
+            ],
+        ),
+    ],
+)
+def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, capsys, monkeypatch):
+    """After everything is written and printed, in the last lines."""
+    monkeypatch.setattr(bench, "retinanet_call", lambda images, device: CALL)
+    monkeypatch.setattr(bench, "VARIANTS", {OURS: VARIANTS[OURS]})
+    monkeypatch.setattr(bench, "judge", lambda rows, standard: goals)
+    monkeypatch.setattr(bench, "CELLS", CELLS | {"cpu": (TINY,)})
+    options = ["--cells", "cpu", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
+    assert bench.main(options) == status
+    assert json.loads((tmp_path / "bench-cpu.json").read_text())["goals"] == goals
+    printed = capsys.readouterr().out
+    assert printed == "\n".join([(tmp_path / "bench-cpu.md").read_text(), *(last or []), ""])
+    # Toy sizes say nothing of a goal.
+    monkeypatch.setattr(bench, "CELLS", CELLS | {"rehearse": (TINY,)})
+    assert bench.main(["--cells", "rehearse", *options[2:]]) == 0
+
+
+def test_what_makes_the_exit_status():
+    shared = {"N": 100, "P": 5, "distribution": "mid", "dtype": "float32", "delta": 1.0}
+    rows = [
+        shared | {"variant": OURS, "parity": True},
+        shared | {"variant": "a rival", "parity": False},
+    ]
+    assert bench.failures(rows, []) == []
+    rows.append(shared | {"variant": OURS, "parity": False, "P": 7})
+    assert bench.failures(rows, [found()]) == [
+        "WRONG: mid, N = 100, P = 7, float32, delta = 1",
+        "MISSED: times faster than a rival: 4, to reach at least 5 (mid)",
+    ]
 
 
 def test_the_picture_draws_what_is_right_where_it_is_right():
@@ -359,56 +414,75 @@ def test_a_checkout_without_the_loss_is_refused(tmp_path, capsys):
     for folder in (tmp_path, other):
         with pytest.raises(FileNotFoundError, match=re.escape("alrp_loss.py")):
             peers.load(folder)
-    with pytest.raises(SystemExit, match=r"--peers: expected alrp_loss\.py"):
+    with pytest.raises(SystemExit):
         bench.main(["--peers", str(tmp_path)])
+    assert "--peers: FileNotFoundError: expected alrp_loss.py" in capsys.readouterr().err
 
 
 def test_retinanet_sized_call():
-    """10.5 million logits on boxes at 512 px: at most 3 s and 1.5 times the logits' memory."""
+    """10.5 million logits on boxes at 512 px: at most 1.5 times the logits' memory."""
     call = bench.retinanet_call(None)
     assert call["N"] == 10_475_520
     assert 100 < call["P"] < 2000
     assert call["ignored"] > 0
-    assert call["forward_backward_s"] < 3
+    assert call["forward_s"] > 0
+    assert call["forward_backward_s"] > 0
     assert call["forward_extra_share"] is None or call["forward_extra_share"] < 1.5
 
 
-@pytest.fixture
-def one_thread():
-    """Two threads wait for each other, and for whatever else the machine does: a call of ours on
-    two shared cores took 25 ms or, minutes later, 48, where one thread took 28 to 31.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+class Work(TorchDispatchMode):
+    """Counts operators of torch, and the bytes that they read and write, views none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "alrp_triton":  # opaque but for this
+            with self:
+                return getattr(ops, f"_{func._opname}")(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(x.nbytes for x in tensors if 0 not in x.stride())  # expanded: less
+        return out
+
+
+def work(name, inputs):
+    """(operators, passes over the logits) of forward and backward."""
+    loss = VARIANTS[name].bind(inputs)
+    with Work() as counted:
+        bench.forward_backward(loss, inputs.logits)
+    return counted.operators, counted.bytes / inputs.logits.nbytes
+
+
+# Times are goals of perf.bench: here is what they are made of, which no busy machine changes. Most
+# passes are over what is relevant, which late in a training is little.
+PASSES = {"init": 220, "mid": 220, "late": 25, "spread": 220}
+
+
+@pytest.mark.parametrize("delta", [1.0, 0.0])
+@pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
+def test_a_call_takes_few_operators_and_passes(distribution, delta):
+    """With ten times as many positives hardly more of both."""
+    cell = Cell(400_000, 500, distribution, delta=delta)
+    operators, passes = work(OURS, workloads.draw(cell, CPU))
+    assert operators < 1200
+    assert passes < PASSES[distribution]
+    fewer, least = work(OURS, workloads.draw(cell._replace(positives=50), CPU))
+    assert operators < 2 * fewer
+    assert passes < 2 * least + 5
 
 
 @pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
-def test_at_least_five_times_faster_than_the_published_loop(distribution, one_thread):
-    """P = 500, N = 2 million, forward + backward, the best of each, side by side.
-
-    Late in a training the loop has little to do, and a call takes milliseconds: more of them.
-    """
-    rounds = 15 if distribution == "late" else 5
-    rows = by_name(fill(Cell(2_000_000, 500, distribution), rounds, (OURS, "published loop")))
-    assert rows["published loop"]["least"] > 5 * rows[OURS]["least"]
-
-
-@pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
-def test_at_least_three_times_faster_than_sort_and_bucket(distribution, one_thread):
-    """Likewise, at delta = 0, where that is exact."""
-    cell = Cell(2_000_000, 500, distribution, delta=0.0)
-    rows = by_name(fill(cell, 5, (OURS, "sort and bucket")))
-    assert rows["sort and bucket"]["least"] > 3 * rows[OURS]["least"]
-
-
-@pytest.mark.parametrize("distribution", ["init", "spread"])
-def test_at_least_three_times_faster_even_where_it_filters_first(distribution, one_thread):
-    """What was published could be made better: where nothing can be filtered we still lead."""
-    cell = Cell(2_000_000, 500, distribution, delta=0.0)
-    rows = by_name(fill(cell, 5, (OURS, "sort and bucket, filtered")))
-    assert rows["sort and bucket, filtered"]["least"] > 3 * rows[OURS]["least"]
+def test_the_published_loop_takes_many(distribution):
+    """It reads the relevant negatives for each positive: late in a training there are few."""
+    inputs = workloads.draw(Cell(400_000, 500, distribution), CPU)
+    ours, passes = work(OURS, inputs)
+    operators, theirs = work("published loop", inputs)
+    assert operators > 10 * ours
+    assert theirs > (1 if distribution == "late" else 15) * passes
 
 
 def test_anchors_are_assigned_by_iou():

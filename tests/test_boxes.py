@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import importlib.util
 import json
@@ -9,9 +10,11 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -21,7 +24,7 @@ from torch import Tensor, library
 
 import alrp_triton
 from alrp_triton import ops
-from alrp_triton.boxes import KINDS, NOTHING, box_overlap, localisation_errors
+from alrp_triton.boxes import KINDS, NOTHING, as_corners, box_overlap, localisation_errors
 from perf.box_budget import (
     TORCH,
     Backend,
@@ -107,6 +110,7 @@ def check_budget(got: Result, pred: Tensor, target: Tensor, kind: str, tau: floa
 
 # --- values ------------------------------------------------------------------------------------
 
+_FLAT = 4 / math.pi**2 * math.atan(2) ** 2  # pi / 2 - arctan(1 / 2) = arctan(2)
 _TURN = 4 / math.pi**2 * math.atan(1 / 3) ** 2  # arctan(2) - arctan(1) = arctan(1/3)
 
 # (pred, target, IoU, GIoU, DIoU, CIoU), by hand.
@@ -121,6 +125,23 @@ BY_HAND = {
     "inside-out and far": ((9, 0, 0, 1), (3, 0, 4, 1), 0, -8 / 9, -1 / 82, -1 / 82 - 1 / 20),
     "points apart": ((0, 0, 0, 0), (3, 4, 3, 4), 0, -1, -1, -1),
     "one point": ((1, 1, 1, 1), (1, 1, 1, 1), 0, 0, 0, 0),
+    # On one line lengths take the place of areas in GIoU: it goes where [0, 0, 1, h] goes.
+    "points on a line": ((0, 0, 0, 0), (3, 0, 3, 0), 0, -1, -1, -1),
+    "apart on a line": ((0, 0, 1, 0), (2, 0, 3, 0), 0, -1 / 3, -4 / 9, -4 / 9),
+    "touching on a line": ((0, 0, 1, 0), (1, 0, 2, 0), 0, 0, -1 / 4, -1 / 4),
+    # The angles are pi / 2 and 0, those of the squares pi / 4: 4 / pi^2 (pi / 4)^2 = 1 / 4.
+    "no height": ((0, 1, 2, 1), (0, 0, 2, 2), 0, 0, 0, -1 / 4 * 1 / 5),
+    "no width": ((1, 0, 1, 2), (0, 0, 2, 2), 0, 0, 0, -1 / 4 * 1 / 5),
+    "no height, upright": ((0, 1, 1, 1), (0, 0, 1, 2), 0, 0, 0, -(_FLAT**2) / (1 + _FLAT)),
+    "height inside-out": (
+        (0, 1, 1, 0),
+        (0, 0, 1, 2),
+        0,
+        0,
+        -1 / 20,
+        -1 / 20 - _FLAT**2 / (1 + _FLAT),
+    ),
+    "across each other": ((0, 1, 2, 1), (1, 0, 1, 2), 0, -1, 0, -1 / 2),
 }
 
 
@@ -156,6 +177,16 @@ def test_equal_boxes_are_perfect_and_stay_so(backend, kind):
         # The terms of the gradient are at most 2 / side each, and cancel.
         side = (given_boxes[:, 2:] - given_boxes[:, :2]).min()
         assert result.by_pred.abs().max() <= 8 * torch.finfo(torch.float32).eps * 2 / side
+
+
+@every_backend
+@every_kind
+def test_far_from_the_origin(backend, kind):
+    """Boxes of a pixel in a large image: what their corners lost is lost, but nothing more."""
+    pred, target = (boxes / 8 + 4096 for boxes in random_boxes(200))
+    errors = evaluate(backend, pred, target, kind).errors
+    truth = evaluate(TORCH, pred.double(), target.double(), kind).errors
+    assert (errors - truth).abs().max() <= 16 * torch.finfo(torch.float32).eps
 
 
 def torchvision_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
@@ -333,6 +364,182 @@ def test_every_tie_and_every_degenerate_box(backend, kind, dtype):
     check_budget(result, pred, target, kind, tau=0.25)
 
 
+# A box that goes where it loses a side, or all: (at the end, what is added on the way there).
+ON_THE_WAY = {
+    "height": ((200, 599, 300, 599), (0, 0, 0, 1)),
+    "height, from inside-out": ((200, 599, 300, 599), (0, 0, 0, -1)),
+    "width": ((250, 570, 250, 630), (-1, 0, 0, 0)),
+    "width, from inside-out": ((250, 570, 250, 630), (1, 0, -1, 0)),
+    "height, outside": ((0, 0, 50, 0), (0, -1, 0, 1)),
+    "to inside-out in both": ((300, 600, 200, 600), (0, 0, 0, 1)),
+    "to a point, flat": ((250, 600, 250, 600), (0, 0, 0, 1)),
+}
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("way", ON_THE_WAY)
+@pytest.mark.parametrize("role", ["pred", "target"])
+def test_errors_follow_a_box_that_loses_a_side(backend, kind, way, role):
+    end, step = (torch.tensor([x], dtype=torch.float64) for x in ON_THE_WAY[way])
+    steps = 2.0 ** -torch.arange(0, 40, 2, dtype=torch.float64)
+    boxes = torch.cat([end + steps[:, None] * step, end])
+    other = torch.tensor([[180.0, 560, 320, 640]]).double().expand_as(boxes)
+    pair = (boxes, other) if role == "pred" else (other, boxes)
+    result = evaluate(backend, *pair, kind)
+    distance = (result.errors - result.errors[-1]).abs()
+    # No error changes by more than 1 for each pixel; that of a thin box by its gradient.
+    assert (distance[:-1] <= steps).all()
+    for gradient in (result.by_pred, result.by_target):
+        assert gradient.isfinite().all()
+        if "point" not in way:  # the angle of which turns ever faster
+            assert gradient.abs().max() <= 1
+
+
+def test_a_box_that_loses_its_height():
+    pred, target = torch.tensor([[200.0, 599, 300, 599]]), torch.tensor([[180.0, 560, 320, 640]])
+    errors = localisation_errors(pred, target, "ciou", tau=0.0)
+    assert errors.item() == pytest.approx(0.505, abs=5e-4)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sizes_do_not_matter(backend, kind, dtype):
+    """The same bits in units of a pixel, of 1e-20 of it, and of 1e37."""
+    pred, target = (boxes.to(dtype) for boxes in random_boxes(60))
+    degenerate = torch.tensor([[1, 1, 1, 4], [1, 1, 4, 1], [2, 2, 2, 2], [4, 4, 1, 1.0]]).to(dtype)
+    pred, target = torch.cat([pred, degenerate]), torch.cat([target, degenerate.flip(0)])
+    plain = evaluate(backend, pred, target, kind)
+    check_sane(plain, kind, tau=0.5)
+    for power in (-66, -40, 60, 123, *((-900, 1000) if dtype == torch.float64 else ())):
+        scaled = evaluate(backend, pred * 2.0**power, target * 2.0**power, kind)
+        if power == -900:  # too small, but finite
+            check_sane(scaled, kind, tau=0.5)
+            continue
+        assert torch.equal(scaled.errors, plain.errors)
+        # Multiplied in two steps, each within range; what is below it is rounded to it.
+        half = 2.0 ** (power // 2), 2.0 ** (power - power // 2)
+        tiny = torch.finfo(dtype).smallest_normal * 2.0**power if power > 0 else 0
+        for part in ("by_pred", "by_target"):
+            back = getattr(scaled, part) * half[0] * half[1]
+            torch.testing.assert_close(back, getattr(plain, part), rtol=0, atol=tiny)
+
+
+HOSTILE = (
+    0.0,
+    -0.0,
+    1.0,
+    2.0,
+    -3.0,
+    1e-45,
+    1e-38,
+    1e-20,
+    -1e-15,
+    1e4,
+    1e20,
+    -1e30,
+    3.4e38,
+    torch.inf,
+)
+
+
+def hostile_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Of coordinates from subnormal to infinite, mixed."""
+    generator = torch.Generator().manual_seed(seed)
+    coordinates = torch.tensor([*HOSTILE, -torch.inf])
+    drawn = coordinates[torch.randint(len(coordinates), (pairs, 8), generator=generator)]
+    return drawn[:, :4], drawn[:, 4:]
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hostile_boxes_give_sane_results(backend, kind, dtype):
+    pred, target = (boxes.to(dtype) for boxes in hostile_boxes(900))
+    result = evaluate(backend, pred, target, kind)
+    # What is stored in 16 bits may be larger than the largest of them.
+    stored = result.errors.dtype == dtype
+    check_sane(result if stored else Result(result.errors, *result[:1] * 2), kind, tau=0.5)
+    for gradient in (result.by_pred, result.by_target):
+        assert not gradient.isnan().any()
+
+
+@every_backend
+@every_kind
+def test_an_infinity_counts_as_the_largest_number(backend, kind):
+    target = torch.tensor([[1.0, 1, 3, 3]]).expand(3, 4)
+    pred = torch.tensor([[0, 0, torch.inf, 4], [-torch.inf] * 2 + [torch.inf] * 2, [torch.inf] * 4])
+    largest = torch.finfo(torch.float32).max
+    for part, expected in zip(
+        evaluate(backend, pred, target, kind),
+        evaluate(backend, pred.clamp(-largest, largest), target, kind),
+        strict=True,
+    ):
+        torch.testing.assert_close(part, expected)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_gradient_comes_out_where_none_goes_in(backend, kind, dtype):
+    """Exactly 0, whatever a row holds, in either box; what is real stays as it is."""
+    real = random_boxes(40)
+    spoilt = [boxes.clone() for boxes in real]
+    hostile = hostile_boxes(40, seed=1)
+    for boxes, rows in zip(spoilt, hostile, strict=True):
+        boxes[::2] = rows[::2]
+    spoilt[0][::8, 1] = torch.nan
+    spoilt[1][2::8, 3] = torch.nan
+    spoilt[0][4::8] = spoilt[1][4::8] = torch.nan
+    upstream = torch.linspace(-2, 3, 40)
+    upstream[::2] = 0
+    result = evaluate(backend, *(x.to(dtype) for x in spoilt), kind, upstream=upstream)
+    expected = evaluate(backend, *(x.to(dtype) for x in real), kind, upstream=upstream)
+    for part, clean in zip(result[1:], expected[1:], strict=True):
+        assert (part[::2] == 0).all()
+        assert torch.equal(part[1::2], clean[1::2])
+    assert result.errors[0].isnan()
+
+
+@every_backend
+@every_kind
+def test_nan_from_above_stays_visible(backend, kind):
+    pred, target = random_boxes(4)
+    pred[1] = torch.nan
+    upstream = torch.tensor([torch.nan, torch.nan, 0, 1])
+    result = evaluate(backend, pred, target, kind, upstream=upstream)
+    for gradient in result[1:]:
+        assert gradient[:2].isnan().all()
+        assert (gradient[2] == 0).all()
+        assert gradient[3].isfinite().all()
+
+
+@every_backend
+@every_kind
+def test_padding_in_a_static_buffer(backend, kind):
+    """The loss in whole: neither the gradient of the buffer nor of a head before it meets NaN."""
+    real, target = (boxes.to(backend.device) for boxes in random_boxes(3))
+    gradients = []
+    for rubbish in (0.0, torch.nan, torch.inf, -torch.inf):
+        buffer = torch.full((9, 4), rubbish, device=backend.device)
+        buffer[[8, 0, 4]] = real
+        buffer.requires_grad_()
+        rows = torch.tensor([8, 0, 4, 1, 2], device=backend.device)
+        targets = torch.full((5, 4), rubbish, device=backend.device)
+        targets[:3] = target
+        logits = torch.linspace(-1, 1, 20, device=backend.device).reshape(10, 2).requires_grad_()
+        classes = torch.tensor([0, 1, -1, -1, 1, -1, -1, -1, -1, -1], device=backend.device)
+        positives = torch.tensor([0, 1, 4, -1, -1], device=backend.device)
+        criterion = alrp_triton.ALRPLoss(box_loss=kind, impl=backend.impl)
+        out = criterion(logits, classes, buffer[rows], targets, positives=positives)
+        out.loss.backward()
+        gradients.append([out.loss.detach(), logits.grad, buffer.grad])
+    for others in gradients[1:]:
+        assert all(map(torch.equal, others, gradients[0]))
+    assert gradients[0][2].abs().sum() > 0
+
+
 @every_backend
 @every_kind
 def test_tiny_boxes(backend, kind):
@@ -342,6 +549,41 @@ def test_tiny_boxes(backend, kind):
     boxes = torch.tensor(corners)
     pred, target = boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)
     check_sane(evaluate(backend, pred, target, kind), kind, tau=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivative_of_padding(kind):
+    """0 too, and finite for the others; that of torch, by differences."""
+    pred, target = (boxes.double() for boxes in generic_boxes(4, seed=3))
+    pred[1] = torch.nan
+    pred.requires_grad_()
+    errors = localisation_errors(pred, target, kind)
+    (first,) = torch.autograd.grad(errors[[0, 2, 3]].sum(), pred, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), pred)
+    assert (second[1] == 0).all()
+    assert second[0].isfinite().all()
+    assert second[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_torch(kind):
+    """Forward mode, and rows mapped one by one, agree with backward mode."""
+    pred, target = (boxes.double() for boxes in generic_boxes(4, seed=3))
+
+    def errors(pred):
+        return localisation_errors(pred, target, kind)
+
+    backward = torch.func.jacrev(errors)(pred)
+    torch.testing.assert_close(torch.func.jacfwd(errors)(pred), backward)
+
+    def one(pred, target):
+        return localisation_errors(pred[None], target[None], kind)[0]
+
+    rows = torch.func.vmap(torch.func.grad(one))(pred, target)
+    torch.testing.assert_close(rows, backward.diagonal(dim1=0, dim2=1).T)
+    pred[2] = torch.nan
+    _, tangent = torch.func.jvp(errors, (pred,), (torch.ones_like(pred),))
+    assert tangent.isnan().tolist() == [False, False, True, False]
 
 
 _coordinate = st.floats(-1e4, 1e4, width=32)
@@ -367,7 +609,8 @@ def test_nan_stays_in_its_pair_and_visible(backend, kind):
         broken[place, place] = torch.nan
         result = evaluate(backend, broken, target, kind)
         assert result.errors[place].isnan()
-        assert result.by_pred[place].isnan().any()
+        assert result.by_pred[place].isnan().all()
+        assert result.by_target[place].isnan().all()
         others = torch.arange(8) != place
         for part, untouched in zip(result, clean, strict=True):
             assert torch.equal(part[others], untouched[others])
@@ -521,6 +764,114 @@ def test_errors_name_the_argument(change, error, match):
     arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)} | change
     with pytest.raises(error, match=match):
         localisation_errors(**arguments)
+
+
+NO_BOXES = [
+    *(None, 1.0, "boxes", [[0.0, 0.0, 1.0, 1.0]], np.zeros((3, 4)), object()),
+    *(torch.zeros(3, 4, dtype=dtype) for dtype in (torch.int64, torch.uint8, torch.bool)),
+    *(torch.zeros(3, 4, dtype=dtype) for dtype in (torch.complex64, torch.float8_e4m3fn)),
+    *(torch.zeros(shape) for shape in ((0,), (4,), (3, 5), (3, 3), (3, 4, 1), (1, 3, 4), ())),
+    torch.zeros(3, 4).to_sparse(),
+    torch.nested.nested_tensor([torch.zeros(4)] * 3),
+]
+WRONG = [
+    *(("pred_boxes", boxes) for boxes in NO_BOXES),
+    *(("target_boxes", boxes) for boxes in NO_BOXES),
+    *(("target_boxes", boxes) for boxes in (torch.zeros(2, 4), torch.zeros(3, 4, device="meta"))),
+    *(("tau", tau) for tau in (None, "0.5", True, [0.5], 0.5j, torch.tensor(0.5), object())),
+    *(("tau", tau) for tau in (math.nan, math.inf, 1, 1.0, -0.1, -1, 10**400, np.float32(1))),
+    *(("kind", kind) for kind in (None, 1, ["iou"], {"iou": 1}, torch.zeros(2), b"iou")),
+    *(("kind", kind) for kind in ("", "IoU", "siou", "iou ")),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
+def test_every_wrong_argument_is_named(name, wrong):
+    """First its name, then what was expected, then what came; in `ALRPLoss` by its name there."""
+    arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)}
+    arguments[name] = wrong
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got "):
+        localisation_errors(**arguments)
+    if name in ("tau", "kind"):
+        settings = {"box_loss" if name == "kind" else name: wrong}
+        with pytest.raises((TypeError, ValueError), match=r"^(tau|box_loss): expected .*, got "):
+            alrp_triton.ALRPLoss(**settings)
+
+
+def test_tau_of_any_real_type():
+    boxes = random_boxes(5)
+    expected = localisation_errors(*boxes, tau=0.5)
+    for tau in (np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)):
+        assert torch.equal(localisation_errors(*boxes, tau=tau), expected)
+    assert torch.equal(localisation_errors(*boxes, tau=0), localisation_errors(*boxes, tau=0.0))
+
+
+class BoxFormat(enum.Enum):
+    """As `torchvision.tv_tensors.BoundingBoxFormat`."""
+
+    XYXY = "XYXY"
+    XYWH = "XYWH"
+    CXCYWH = "CXCYWH"
+    XYWHR = "XYWHR"
+
+
+class Boxes(Tensor):
+    """As `torchvision.tv_tensors.BoundingBoxes`: a tensor that carries its format."""
+
+    format: BoxFormat | str
+
+
+def boxes_of(format_: BoxFormat | str, boxes: list[list[float]], **kwargs) -> Boxes:
+    made = torch.tensor(boxes, **kwargs).as_subclass(Boxes)
+    made.format = format_
+    return made
+
+
+@every_backend
+@pytest.mark.parametrize("named", [lambda x: x, lambda x: x.name], ids=["enum", "str"])
+@pytest.mark.parametrize(
+    ("format_", "boxes"),
+    [
+        (BoxFormat.XYXY, [[2.0, 3, 6, 11]]),
+        (BoxFormat.XYWH, [[2.0, 3, 4, 8]]),
+        (BoxFormat.CXCYWH, [[4.0, 7, 4, 8]]),
+    ],
+)
+def test_boxes_that_carry_their_format(backend, named, format_, boxes):
+    corners = torch.tensor([[2.0, 3, 6, 11]], device=backend.device)
+    given_boxes = boxes_of(named(format_), boxes, device=backend.device)
+    for pair in ((given_boxes, corners), (corners, given_boxes), (given_boxes, given_boxes)):
+        errors = localisation_errors(*pair, impl=backend.impl)
+        assert type(errors) is Tensor
+        assert errors.item() == 0
+    assert type(as_corners(given_boxes, "boxes")) is Tensor
+    leaf = given_boxes.as_subclass(Tensor).clone().requires_grad_()
+    moved = leaf.as_subclass(Boxes)
+    moved.format = format_
+    (localisation_errors(moved, corners + 1, impl=backend.impl)).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+
+
+def test_boxes_of_a_format_without_corners_are_named():
+    turned = boxes_of(BoxFormat.XYWHR, [[0.0, 0, 1, 1, 30]])
+    with pytest.raises(
+        ValueError, match=r"^target_boxes: expected .* XYXY, XYWH or CXCYWH, got XYWHR"
+    ):
+        localisation_errors(torch.zeros(1, 4), turned)
+
+
+@pytest.mark.parametrize("format_", ["XYXY", "XYWH", "CXCYWH"])
+def test_bounding_boxes_of_torchvision(format_):
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    transforms = pytest.importorskip("torchvision.transforms.v2.functional")
+    corners = torch.tensor([[2.0, 3, 6, 11], [0, 0, 5, 2]])
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(20, 20))
+    boxes = transforms.convert_bounding_box_format(boxes, new_format=format_)
+    assert torch.equal(as_corners(boxes, "boxes"), corners)
+    assert (localisation_errors(corners, boxes) == 0).all()
+    criterion = alrp_triton.ALRPLoss()
+    out = criterion(torch.zeros(3, 1), torch.tensor([0, -1, 0]), corners, boxes)
+    assert out.loc == 0
 
 
 @kernels_only

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perf import budgets
-from perf.launches import same
 from alrp_triton.reference import edges as reference
 from alrp_triton.reference import layout
+from perf import budgets
+from perf.launches import same
 
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")

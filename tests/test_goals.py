@@ -7,7 +7,7 @@ import json
 import pytest
 
 from perf.bench_report import to_markdown
-from perf.goals import STANDARDS, judge
+from perf.goals import STANDARDS, judge, missed
 from perf.variants import OURS
 from perf.workloads import CELLS, DISTRIBUTIONS
 
@@ -64,6 +64,22 @@ def test_what_was_never_published_is_compared_without_a_promise():
     goal = held([row(), row("sort and bucket, filtered", ratio=1.5)])
     goal = goal["times faster than sort and bucket, filtered, float32"]
     assert (goal["found"], goal["bound"], goal["reached"]) == (1.5, None, None)
+
+
+@pytest.mark.parametrize(("times", "reached"), [(2.9, False), (3.1, True)])
+def test_where_nothing_can_be_filtered_a_factor_is_promised(times, reached):
+    """On a CPU, at init and spread; what happens in between promises nothing."""
+    rival, size = "sort and bucket, filtered", {"N": 2_000_000, "positives": 500}
+    ratios = {"init": 3.5, "mid": 0.5, "late": 0.6, "spread": times}
+    rows = [row(**size)]
+    rows += [row(rival, distribution=name, ratio=x, **size) for name, x in ratios.items()]
+    judged = held(rows, "cpu")
+    goal = judged[f"times faster than {rival} (init, spread), float32"]
+    assert (goal["found"], goal["bound"], goal["reached"]) == (times, 3.0, reached)
+    assert judged[f"times faster than {rival}, float32"]["reached"] is None
+    lines = missed(judged.values())
+    assert len(lines) == (not reached)
+    assert all(line.startswith(goal["what"]) for line in lines)
 
 
 @pytest.mark.parametrize(("factor", "reached"), [(1.9, True), (2.1, False)])

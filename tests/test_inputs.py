@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from examples import IGNORE, detector_batch, relative_error
 
-from alrp_triton import ALRPLoss, alrp_loss, ap_loss, error_driven_loss, set_backend
+from alrp_triton import (
+    ALRPLoss,
+    alrp_loss,
+    ap_loss,
+    error_driven_loss,
+    inputs,
+    ndcg_loss,
+    rank_sort_loss,
+    set_backend,
+)
+from alrp_triton.integrations.authors import RankSort, aLRPLoss
 
 ALGORITHMS = ("pairwise", "breakpoints")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -490,8 +502,8 @@ WRONG = [
     ({"targets": TARGETS.float()}, TypeError, "targets: expected integer .*float32"),
     ({"targets": TARGETS.to("meta")}, ValueError, "targets: expected on cpu .*got meta"),
     ({"logits": torch.zeros(6)}, None, ""),
-    ({"loc_errors": torch.zeros(4)}, ValueError, "loc_errors.*4 given"),
-    ({"loc_errors": torch.zeros(2)}, ValueError, "loc_errors.*2 given"),
+    ({"loc_errors": torch.zeros(4)}, ValueError, "loc_errors: expected 3 entries.*got 4"),
+    ({"loc_errors": torch.zeros(2)}, ValueError, "loc_errors: expected 3 entries.*got 2"),
     ({"loc_errors": torch.zeros(3, 1)}, ValueError, r"loc_errors: expected shape \(P,\)"),
     ({"loc_errors": torch.zeros(3).long()}, TypeError, "loc_errors: expected a floating .*int64"),
     ({"loc_errors": [0.0] * 3}, TypeError, "loc_errors: expected a floating tensor, got list"),
@@ -507,6 +519,8 @@ WRONG = [
     ({"positives": torch.tensor([[0, 1, 5]])}, ValueError, "positives: expected shape"),
     ({"positives": torch.tensor([0, 1, 2])}, ValueError, "positives: every entry"),
     ({"positives": torch.tensor([0, 1, 600])}, ValueError, "positives: every entry"),
+    ({"positives": torch.tensor([0, 5, -1])}, ValueError, "positives: expected all 3 .*got 2"),
+    ({"positives": torch.tensor([0, 1, 1])}, ValueError, "positives: expected every position once"),
     ({"positives": torch.tensor([0, 1, -7])}, ValueError, "positives: every entry"),
     ({"impl": "cuda"}, ValueError, "impl: expected one of auto, triton, torch, got 'cuda'"),
     ({"algorithm": "sort"}, ValueError, "algorithm: expected one of"),
@@ -613,3 +627,439 @@ def test_class_indices_of_few_bits(dtype, ignore_index):
     targets[30:] = 130 if dtype == torch.uint8 else -1
     settings = {"ignore_index": ignore_index}
     assert ap_loss(logits, targets.to(dtype), **settings) == ap_loss(logits, targets, **settings)
+
+
+class Odd:
+    """Nothing that any argument takes."""
+
+
+def _sparse(*shape):
+    return torch.zeros(shape).to_sparse()
+
+
+# What an argument may be given instead. Made anew for each use: some can be used up.
+ODD_VALUES = {
+    "None": lambda: None,
+    "True": lambda: True,
+    "a string": lambda: "x",
+    "NaN": lambda: math.nan,
+    "inf": lambda: math.inf,
+    "-1": lambda: -1,
+    "an integer beyond 64 bits": lambda: 2**70,
+    "an integer beyond float": lambda: 10**400,
+    "an integer beyond str": lambda: -(10**5000),
+    "a complex number": lambda: 1j,
+    "a fraction": lambda: Fraction(1, 3),
+    "an empty list": list,
+    "an empty tuple": tuple,
+    "a list of numbers": lambda: [1],
+    "a list of lists": lambda: [[LOGITS]],
+    "a dict": dict,
+    "a set": set,
+    "an object": Odd,
+    "a numpy float": lambda: np.float32(0.5),
+    "a numpy integer": lambda: np.int64(1),
+    "a numpy bool": lambda: np.bool_(True),
+    "a numpy array": lambda: np.zeros(3),
+    "0-d": lambda: torch.tensor(0.5),
+    "2-d": lambda: torch.zeros(2, 2),
+    "no entries": lambda: torch.zeros(0),
+    "integers": lambda: torch.zeros(3, dtype=torch.int64),
+    "bools": lambda: torch.zeros(6, dtype=torch.bool),
+    "uint8": lambda: torch.zeros(6, dtype=torch.uint8),
+    "uint16": lambda: torch.zeros(6, dtype=torch.uint16),
+    "uint64": lambda: torch.zeros(6, dtype=torch.uint64),
+    "float8": lambda: torch.zeros(3).to(torch.float8_e4m3fn),
+    "float8 logits": lambda: torch.zeros(6, 3).to(torch.float8_e5m2),
+    "complex numbers": lambda: torch.zeros(6, 3, dtype=torch.complex64),
+    "sparse": lambda: _sparse(6, 3),
+    "sparse vector": lambda: _sparse(3),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged),
+    "masked": lambda: torch.masked.masked_tensor(LOGITS, LOGITS == 0),
+    "quantised": lambda: torch.quantize_per_tensor(LOGITS, 0.1, 0, torch.quint8),
+    "meta": lambda: LOGITS.to("meta"),
+    "meta vector": lambda: LOC_ERRORS.to("meta"),
+    "meta scalar": lambda: torch.zeros((), device="meta"),
+    "a list with a number": lambda: [LOGITS, 1],
+}
+
+COMMON = {"logits": LOGITS, "targets": TARGETS, "delta": 1.0, "ignore_index": -100} | {
+    "positives": torch.tensor([0, 1, 5]), "groups": None, "impl": "auto", "algorithm": "auto",
+}  # fmt: skip
+
+
+def own_errors(counts):
+    return counts.nfp / counts.rank, 0.0, counts.num_positives
+
+
+FUNCTIONS = {
+    "alrp_loss": (alrp_loss, COMMON | {"loc_errors": LOC_ERRORS}),
+    "ap_loss": (ap_loss, COMMON),
+    "ndcg_loss": (ndcg_loss, COMMON),
+    "rank_sort_loss": (rank_sort_loss, COMMON | {"quality": LOC_ERRORS}),
+    "error_driven_loss": (
+        error_driven_loss,
+        COMMON | {"errors_fn": own_errors, "values": LOC_ERRORS, "skew": 0.0},
+    ),
+    "set_backend": (set_backend, {"impl": "auto", "algorithm": "auto"}),
+}
+
+
+def gives_finite_values_or_names_an_argument(call, names):
+    """Nothing else: neither an error of another form, nor a number that is none."""
+    message = ""
+    try:
+        results = call()
+    except (TypeError, ValueError) as error:
+        results, message = None, str(error)
+    assert not message or message.split(":")[0] in names, message
+    results = results if isinstance(results, (tuple, list)) else [results]
+    assert all(result.isfinite().all() for result in results if result is not None)
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_odd_values_of_every_argument(function, value):
+    function, arguments = FUNCTIONS[function]
+    for name in arguments:
+        # One error is another's cause: with other targets, the positives are wrong.
+        others = {"targets", "positives"} if name in ("logits", "targets", "ignore_index") else ()
+        others = {"positives", *others} if name in ("loc_errors", "quality", "values") else others
+        made = ODD_VALUES[value]()
+        try:
+            gives_finite_values_or_names_an_argument(
+                lambda given=arguments | {name: made}: function(**given), {name, *others}
+            )
+        finally:
+            set_backend()
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+@pytest.mark.parametrize("place", ["l", "l*", "Z", "all"])
+def test_odd_values_from_an_errors_function(place, value):
+    def errors(counts):
+        made = ODD_VALUES[value]()
+        parts = {"l": counts.nfp, "l*": 0.0, "Z": 1.0} | {place: made}
+        return made if place == "all" else (parts["l"], parts["l*"], parts["Z"])
+
+    gives_finite_values_or_names_an_argument(
+        lambda: error_driven_loss(LOGITS, TARGETS, errors), {"errors_fn"}
+    )
+
+
+def test_a_normaliser_may_be_0_where_there_is_no_positive():
+    with pytest.raises(ValueError, match="errors_fn: expected Z other than 0"):
+        error_driven_loss(LOGITS, TARGETS, lambda c: (c.nfp, 0.0, 0))
+    nothing = torch.full((6,), -1)
+    assert error_driven_loss(LOGITS, nothing, lambda c: (c.nfp, 0.0, len(c.nfp))) == 0
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.float16(0.5), Fraction(1, 2)]
+)
+def test_numbers_of_every_kind(number, algorithm):
+    logits, targets = detector_batch("mid", 60, 3, 12)
+    assert ap_loss(logits, targets, number, algorithm=algorithm) == ap_loss(
+        logits, targets, 0.5, algorithm=algorithm
+    )
+    by_index = ap_loss(logits, targets, ignore_index=np.int32(-1), algorithm=algorithm)
+    assert by_index == ap_loss(logits, targets, ignore_index=-1, algorithm=algorithm)
+    one = [error_driven_loss(logits, targets, own_errors, skew=s) for s in (number, 0.5)]
+    assert one[0] == one[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("loc_errors", alrp_loss),
+        ("quality", rank_sort_loss),
+        ("values", lambda *a: error_driven_loss(a[0], a[1], own_errors, a[2])),
+        ("regression_losses", lambda x, t, e: aLRPLoss.apply(x[:, 0], (t == 0) * 1, e)),
+    ],
+)
+def test_a_wrong_number_is_told_beside_the_right_one(name, call):
+    found = 1 if name == "regression_losses" else 3
+    with pytest.raises(ValueError, match=f"^{name}: expected {found} entries, .* got 5$"):
+        call(LOGITS, TARGETS, torch.zeros(5))
+
+
+@pytest.mark.parametrize("call", [
+    lambda: RankSort.apply(torch.zeros(3), torch.zeros(3), "x"),
+    lambda: RankSort.apply(torch.zeros(3), torch.zeros(3), -1.0),
+])  # fmt: skip
+def test_the_authors_name_of_delta(call):
+    with pytest.raises((TypeError, ValueError), match=r"^delta_RS: expected"):
+        call()
+
+
+@pytest.mark.parametrize("form", ["levels", "padded", "positions shuffled"])
+def test_positives_are_all_and_each_once(form, algorithm):
+    """Fewer, or one twice, would be the loss of another batch."""
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    found = (targets >= 0).nonzero()[:, 0]
+    loc_errors = torch.rand(30)
+    if form == "positions shuffled":
+        found = found[torch.randperm(30)]
+    elif form == "padded":
+        found = torch.cat([found, torch.full((5,), -1)])
+        loc_errors = torch.cat([loc_errors, torch.zeros(5)])
+    if form == "levels":
+        logits, targets = list(logits.split([200, 40])), list(targets.split([200, 40]))
+    settings = {"algorithm": algorithm}
+    alrp_loss(logits, targets, loc_errors, positives=found, **settings)
+    for wrong in (found[1:], found[:10]):
+        with pytest.raises(ValueError, match=r"^positives: expected all 30 positives of targets"):
+            alrp_loss(logits, targets, loc_errors[: len(wrong)], positives=wrong, **settings)
+    twice = torch.where(found == found[3], found[7], found)
+    with pytest.raises(ValueError, match=r"^positives: expected every position once"):
+        ap_loss(logits, targets, positives=twice, **settings)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_stands_in_padded_rows_is_never_seen(grouped, garbage, algorithm):
+    """Neither by a value nor by a gradient, of any loss: a buffer may be uninitialised there."""
+    logits, targets = detector_batch("spread", 120, 4, 15)
+    found, values = (targets >= 0).nonzero()[:, 0], torch.rand(15)
+    slots = torch.randperm(20)[:15].sort().values
+    positives = torch.full((20,), -1).index_put((slots,), found)
+    padded = torch.full((20,), garbage).index_put((slots,), values)
+    groups = torch.arange(120) % 3 if grouped else None
+
+    def own(counts):
+        wrong = torch.where(counts.rank_positive > 0, counts.values / counts.values, 1.0)
+        return (counts.nfp + counts.value_sum) / counts.rank, 0 * wrong, counts.num_positives
+
+    losses = {
+        "alrp": lambda x, v, **k: alrp_loss(x, targets, v, **k),
+        "rank_sort": lambda x, v, **k: rank_sort_loss(x, targets, v, **k),
+        "own": lambda x, v, **k: (error_driven_loss(x, targets, own, v, **k),),
+        "skewed": lambda x, v, **k: (error_driven_loss(x, targets, own, v, skew=2.0, **k),),
+    }
+    for name, loss in losses.items():
+        results = []
+        algorithm_ = "pairwise" if name == "skewed" else algorithm
+        for given, places in ((values, None), (padded, positives)):
+            leaf, value_leaf = logits.clone().requires_grad_(), given.clone().requires_grad_()
+            parts = loss(leaf, value_leaf, positives=places, groups=groups, algorithm=algorithm_)
+            sum(parts).backward()
+            results.append((*parts, leaf.grad))
+            if name == "alrp" and places is not None:
+                assert (value_leaf.grad[positives < 0] == 0).all()
+                assert value_leaf.grad.isfinite().all()
+        for right, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_targets_and_groups(dtype, algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    targets = torch.where(targets < 0, 4, targets)
+    groups = torch.arange(240) % 5
+    settings = {"algorithm": algorithm}
+    expected = both(logits, targets, torch.ones(30), groups=groups, **settings)
+    got = both(logits, targets.to(dtype), torch.ones(30), groups=groups.to(dtype), **settings)
+    assert torch.equal(got[2], expected[2])
+    marks = (torch.nn.functional.one_hot(targets, 5)[:, :4]).to(dtype)
+    assert torch.equal(
+        both(logits, marks, torch.ones(30), groups=groups[:, None], **settings)[2], expected[2]
+    )
+
+
+def test_an_unsigned_index_beyond_int64_is_background():
+    targets = torch.tensor([0, 1, 2**62, 7], dtype=torch.uint64)
+    targets[2:3].view(torch.int64).fill_(-100)  # 2^64 - 100
+    logits = torch.randn(4, 2)
+    plain = torch.tensor([0, 1, -1, -1])
+    assert ap_loss(logits, targets) == ap_loss(logits, plain)
+
+
+@pytest.mark.parametrize("ignore_index", [255, 2])
+def test_uint8_labels_of_segmentation(ignore_index, algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    labels = torch.where(targets == IGNORE, ignore_index, targets)
+    labels = torch.where(labels == -1, 200, labels)
+    number = int(((labels < 4) & (labels != ignore_index)).sum())
+    settings = {"ignore_index": ignore_index, "algorithm": algorithm}
+    expected = both(logits, labels, torch.ones(number), **settings)
+    got = both(logits, labels.to(torch.uint8), torch.ones(number), **settings)
+    assert torch.equal(got[2], expected[2])
+    assert (got[2][labels == ignore_index] == 0).all()
+
+
+def test_bool_groups_are_two(algorithm):
+    logits, targets = detector_batch("spread", 240, 4, 30)
+    groups = torch.arange(240) % 2
+    losses = [ap_loss(logits, targets, groups=g, algorithm=algorithm) for g in (groups, groups > 0)]
+    assert losses[0] == losses[1]
+
+
+def test_targets_that_require_a_gradient_get_none():
+    marks = torch.zeros(6, 3)
+    marks[0, 1] = 1
+    expected = ap_loss(LOGITS + marks, marks)
+    marks.requires_grad_()
+    loss = ap_loss((LOGITS + marks.detach()).requires_grad_(), marks)
+    assert loss == expected
+    loss.backward()
+    assert marks.grad is None
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_head_enters_without_a_copy_in_both_formats(channels_last):
+    """Each format has its view; `_lay_out` makes no copy of either."""
+    batch, anchors, classes, height, width = 2, 3, 4, 5, 8
+    maps = torch.randn(batch, anchors * classes, height, width)
+    if channels_last:
+        maps = maps.contiguous(memory_format=torch.channels_last)
+        logits = maps.permute(0, 2, 3, 1).view(-1, classes)
+    else:
+        logits = maps.view(batch * anchors, classes, height, width)
+    targets = torch.zeros(*logits.shape[:1], *logits.shape[2:])
+    level, _ = inputs._lay_out(logits, targets.long(), logits, -100)
+    assert level.data_ptr() == maps.data_ptr()
+    assert level.numel() == maps.numel()
+
+
+LOSSES = {
+    "alrp": lambda x, t, v: sum(alrp_loss(x, t, v)),
+    "ap": lambda x, t, v: ap_loss(x, t),
+    "ndcg": lambda x, t, v: ndcg_loss(x, t),
+    "rank_sort": lambda x, t, v: sum(rank_sort_loss(x, t, v)),
+    "own": lambda x, t, v: error_driven_loss(x, t, own_errors, v),
+    "skewed": lambda x, t, v: error_driven_loss(x, t, own_errors, v, skew=1.0),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def case(request):
+    """(a loss of logits and values, logits, values, the gradient by the logits)."""
+    logits, targets = detector_batch("spread", 60, 3, 12)
+    values, leaf = torch.rand(12), logits.clone().requires_grad_()
+    LOSSES[request.param](leaf, targets, values).backward()
+    return lambda x, v: LOSSES[request.param](x, targets, v), logits, values, leaf.grad
+
+
+def test_transforms_that_go_backward_give_the_gradient(case):
+    loss, logits, values, gradient = case
+    torch.testing.assert_close(torch.func.grad(loss)(logits, values), gradient)
+    torch.testing.assert_close(torch.func.jacrev(loss)(logits, values), gradient)
+    _, pull = torch.func.vjp(lambda x: loss(x, values), logits)
+    torch.testing.assert_close(pull(torch.tensor(-2.0))[0], -2 * gradient)
+    stacked = torch.func.jacrev(lambda x: torch.stack([loss(x, values), 3 * loss(x, values)]))
+    torch.testing.assert_close(stacked(logits), torch.stack([gradient, 3 * gradient]))
+    functional = torch.autograd.functional.jacobian(lambda x: loss(x, values), logits)
+    torch.testing.assert_close(functional, gradient)
+
+
+def test_parameters_of_a_functional_call_get_the_gradient(case):
+    loss, logits, values, _ = case
+    layer = torch.nn.Linear(3, 3)
+    parameters = dict(layer.named_parameters())
+
+    def run(parameters):
+        return loss(logits + torch.func.functional_call(layer, parameters, (logits,)), values)
+
+    got = torch.func.grad(run)(parameters)
+    run(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(got[name], parameter.grad)
+
+
+def forward_mode(loss, logits):
+    with torch.autograd.forward_ad.dual_level():
+        return loss(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)))
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: torch.func.jacfwd(f)(x),
+        lambda f, x: forward_mode(f, x),
+        lambda f, x: forward_mode(f, x.clone().requires_grad_()),
+        lambda f, x: torch.autograd.functional.jacobian(
+            f, x, strategy="forward-mode", vectorize=True
+        ),
+    ],
+)
+def test_forward_mode_by_the_logits_is_a_clear_error(case, transform, context):
+    loss, logits, values, _ = case
+    with context(), pytest.raises(RuntimeError, match="no forward-mode derivative by its logits"):
+        transform(lambda x: loss(x, values), logits)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(x), "second"),
+        (lambda f, x: torch.func.hessian(f)(x), "forward-mode"),
+        (lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x), "second"),
+        (lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,)), "forward-mode|second"),
+        (lambda f, x: torch.autograd.functional.hessian(f, x), "second"),
+        (lambda f, x: torch.autograd.functional.hvp(f, x, x), "second"),
+        (lambda f, x: torch.func.vmap(f)(torch.stack([x, x])), "torch.vmap"),
+        (lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x])), "torch.vmap"),
+        (
+            lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+            "one upstream gradient at a time",
+        ),
+    ],
+)
+def test_other_transforms_are_a_clear_error(case, transform, message):
+    loss, logits, values, _ = case
+    with pytest.raises(RuntimeError, match=message):
+        transform(lambda x: loss(x, values), logits)
+
+
+def test_vmap_over_other_arguments_is_a_clear_error():
+    def values(v):
+        return alrp_loss(LOGITS, TARGETS, v)
+
+    def groups(g):
+        return ap_loss(LOGITS, TARGETS, groups=g)
+
+    for function, batched in ((values, torch.rand(2, 3)), (groups, torch.zeros(2, 6).long())):
+        with pytest.raises(RuntimeError, match=r"torch\.vmap"):
+            torch.func.vmap(function)(batched)
+
+
+def test_loc_is_differentiated_in_forward_mode(algorithm):
+    """It is linear in loc_errors: jvp is the gradient times the tangent."""
+    logits, targets = detector_batch("spread", 60, 3, 12)
+    loc_errors, tangent = torch.rand(12), torch.randn(12)
+    settings = {"algorithm": algorithm}
+    gradient = both(logits, targets, loc_errors, **settings)[3]
+    for leaf in (logits, logits.clone().requires_grad_()):
+        got = torch.func.jvp(
+            lambda e, x=leaf: alrp_loss(x, targets, e, **settings), (loc_errors,), (tangent,)
+        )[1]
+        assert got[0] == 0
+        torch.testing.assert_close(got[1].detach(), (gradient * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(loc_errors, tangent)
+        loc = alrp_loss(logits, targets, dual, **settings)[1]
+        got = torch.autograd.forward_ad.unpack_dual(loc).tangent
+    torch.testing.assert_close(got, (gradient * tangent).sum())
+
+
+def test_losses_are_no_views_and_may_be_scaled_in_place():
+    """FSDP warns of views, whose changes in place autograd may refuse."""
+    logits, targets = detector_batch("spread", 60, 3, 12)
+    leaf = logits.clone().requires_grad_()
+    calls = (
+        lambda: alrp_loss(leaf, targets, torch.rand(12).requires_grad_()),
+        lambda: (ap_loss(leaf, targets),),
+        lambda: rank_sort_loss(leaf, targets, torch.rand(12)),
+    )
+    assert not any(part._is_view() for call in calls for part in call())
+    for call in calls:
+        for loss in call()[: 1 if call is calls[0] else None]:  # loc has no gradient by the logits
+            (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            loss *= 3
+            (scaled,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            (again,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            torch.testing.assert_close(scaled, 3 * once)
+            assert torch.equal(again, scaled)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alrp_triton.reference import layout
 from perf import budgets
 from perf.budgets import (
     IGNORE,
@@ -23,7 +24,6 @@ from perf.budgets import (
     rounding_of_tiles,
 )
 from perf.launches import OnGrid, compiled_variants, same
-from alrp_triton.reference import layout
 
 pytest.importorskip("triton")
 pairwise = importlib.import_module("alrp_triton.kernels.pairwise")

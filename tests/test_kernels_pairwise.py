@@ -7,9 +7,9 @@ import importlib
 import pytest
 import torch
 
+from alrp_triton.reference import layout
 from perf import budgets
 from perf.launches import same
-from alrp_triton.reference import layout
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.pairwise")

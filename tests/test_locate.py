@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perf.budgets import IGNORE, to_device
 from alrp_triton.reference import layout
+from perf.budgets import IGNORE, to_device
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.locate")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
+import math
 import pickle
 import warnings
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from examples import detector_batch, relative_error
+from torch import Tensor, nn
 
 from alrp_triton import (
     ALRPLoss,
     APLoss,
+    NDCGLoss,
+    RankSortLoss,
     SelfBalance,
     alrp_loss,
     ap_loss,
@@ -217,3 +224,129 @@ def test_settings_show_in_repr():
     assert "delta=0.5, box_loss='ciou', tau=0.5" in repr(criterion)
     assert "period=9" in repr(criterion)
     assert repr(APLoss(delta=0.5)) == "APLoss(delta=0.5)"
+
+
+NOT_NUMBERS = [None, "1", [1.0], (), {}, object(), 1j, True, np.True_, torch.ones(()), np.ones(2)]
+NOT_STRINGS = [None, 3, 1.5, True, ["auto"], ("iou",), {}, object(), b"iou", math.nan]
+EVERY_LOSS = [ALRPLoss, APLoss, NDCGLoss, RankSortLoss]
+WRONG_SETTINGS = {
+    "delta": (
+        EVERY_LOSS,
+        NOT_NUMBERS,
+        [-1.0, -1, math.nan, math.inf, -math.inf, 1e-300, 1e300, 10**400, np.float32("nan")],
+    ),
+    "ignore_index": (EVERY_LOSS, [*NOT_NUMBERS, 1.0, np.float32(2)], [2**63, -(2**70), 10**400]),
+    "impl": (EVERY_LOSS, NOT_STRINGS, ["", "cuda", "Torch"]),
+    "algorithm": (EVERY_LOSS, NOT_STRINGS, ["", "pairs", "PAIRWISE"]),
+    "box_loss": ([ALRPLoss], NOT_STRINGS, ["", "l1", "GIoU"]),
+    "tau": ([ALRPLoss], NOT_NUMBERS, [1, 1.0, -0.1, math.nan, math.inf, 10**400]),
+    "balance": ([ALRPLoss], [object(), 50.0, True, "auto", SelfBalance, nn.Identity(), {}], []),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_every_setting_is_checked_when_the_loss_is_made(name):
+    """By its type or its value: named, with what was expected and what came."""
+    losses, wrong_types, wrong_values = WRONG_SETTINGS[name]
+    for error, values in (((TypeError, ValueError), wrong_types), (ValueError, wrong_values)):
+        for loss in losses:
+            for value in values:
+                with pytest.raises(error, match=f"^{name}: expected .*got "):
+                    loss(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As a configuration file, or arithmetic with arrays, hands them over."""
+    settings = {"delta": np.float32(0.5), "ignore_index": np.int64(-1)}
+    for loss in EVERY_LOSS:
+        criterion = loss(**settings)
+        assert (criterion.delta, criterion.ignore_index) == (0.5, -1)
+        assert (type(criterion.delta), type(criterion.ignore_index)) == (float, int)
+        assert criterion.extra_repr().startswith("delta=0.5")
+        assert loss(delta=Fraction(1, 4)).delta == 0.25
+    criterion = ALRPLoss(tau=np.float32(0.25), **settings)
+    assert criterion(*batch()).loss == ALRPLoss(0.5, tau=0.25, ignore_index=-1)(*batch()).loss
+
+
+class Scripted(nn.Module):
+    """A model that holds its criterion and does not call it."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.criterion = criterion
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inference."""
+        return self.layer(x)
+
+
+class ScriptedAP(Scripted):
+    """One that calls it in training mode."""
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Loss or logits."""
+        if self.training:
+            return self.criterion(self.layer(x), targets)
+        return self.layer(x)
+
+
+class ScriptedALRP(Scripted):
+    """The same, with boxes, and keywords."""
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Loss or logits."""
+        if self.training:
+            out = self.criterion([self.layer(x)], [targets], pred_boxes=x, target_boxes=x)
+            return out.loss + out.cls
+        return self.layer(x)
+
+
+class ScriptedRankSort(Scripted):
+    """The same, with qualities."""
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Loss or logits."""
+        if self.training:
+            return self.criterion(self.layer(x), targets, x[:, 0]).sorting
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        ALRPLoss(),
+        ALRPLoss(balance=SelfBalance()),
+        ALRPLoss(balance=SelfBalance(period=3)),
+        APLoss(),
+        NDCGLoss(),
+        RankSortLoss(),
+        SelfBalance(period=3),
+    ],
+)
+def test_a_model_that_holds_a_criterion_can_be_scripted(criterion):
+    model, x = Scripted(criterion), torch.randn(2, 3)
+    for script in (torch.jit.script(model), torch.jit.freeze(torch.jit.script(model.eval()))):
+        file = io.BytesIO()
+        torch.jit.save(script, file)
+        file.seek(0)
+        assert torch.equal(torch.jit.load(file)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (ScriptedAP(APLoss()), "APLoss"),
+        (ScriptedAP(NDCGLoss()), "NDCGLoss"),
+        (ScriptedALRP(ALRPLoss(balance=SelfBalance())), "ALRPLoss"),
+        (ScriptedRankSort(RankSortLoss()), "RankSortLoss"),
+    ],
+)
+def test_a_script_infers_and_says_that_it_cannot_rank(model, name):
+    x, targets = torch.randn(2, 3), torch.tensor([0, -1])
+    script = torch.jit.script(model)
+    assert torch.equal(script.eval()(x, targets), model.eval()(x, targets))
+    with pytest.raises(torch.jit.Error, match=f"{name}.*: TorchScript cannot compile"):
+        script.train()(x, targets)

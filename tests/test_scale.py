@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
+from alrp_triton.reference import edges as reference
 from perf.budgets import IGNORE
 from perf.parity_checks import Size, draw_case, judge
-from alrp_triton.reference import edges as reference
 
 pytest.importorskip("triton")
 locate = importlib.import_module("alrp_triton.kernels.locate").locate

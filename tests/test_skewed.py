@@ -13,12 +13,12 @@ from torch import Tensor
 
 from alrp_triton import error_driven_loss
 from alrp_triton.errors import ap_errors
+from alrp_triton.reference import layout, pairwise, skewed
 from perf.budgets import IGNORE, Case, Rounding, pair_error, reach_of, rounding_of, torch_error
 from perf.launches import same
 from perf.parity_checks import Size, edge_cases
 from tests.test_kernels_delta import DELTAS, DTYPES
 from tests.test_kernels_delta import draw as draw_around
-from alrp_triton.reference import layout, pairwise, skewed
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.skewed")

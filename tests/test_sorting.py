@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from alrp_triton.reference import pairwise, sorting
-from alrp_triton.reference.layout import LARGEST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import ops, rank_sort_loss
+from alrp_triton.reference import pairwise, sorting
+from alrp_triton.reference.layout import LARGEST
 from perf import budgets
 from perf.budgets import Case
 from perf.launches import same

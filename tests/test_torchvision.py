@@ -14,12 +14,18 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetHead
+
 from alrp_triton import ALRPLoss, APLoss, SelfBalance, alrp_loss, ap_loss, localisation_errors
 from alrp_triton.integrations.torchvision import anchor_targets, use_alrp, use_ap
 from perf.detector import small_retinanet
 from perf.digits import DigitCanvases
 
 EMPTY = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+USES = {
+    "alrp": lambda model: use_alrp(model, ALRPLoss()),
+    "ap": lambda model: use_ap(model, APLoss()),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,6 +138,66 @@ def test_anchor_targets_ignore_and_match_per_image():
     assert anchor_targets(targets, matched, 10).tolist() == [3, -1, 7, -100, -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+@pytest.mark.parametrize("of_matches", [torch.int32, torch.int64])
+def test_anchor_targets_of_any_integers(dtype, of_matches):
+    """Not -100 and -1 wrapped around, which would be classes."""
+    targets = [{"labels": torch.tensor([7, 3], dtype=dtype)}, {"labels": torch.tensor([])}]
+    matched = [torch.tensor([1, -1, 0, -2], dtype=of_matches), torch.tensor([-1, -2])]
+    classes = anchor_targets(targets, matched, 200)
+    assert classes.dtype == torch.int64
+    assert classes.tolist() == [3, -1, 7, -100, -1, -100]
+    assert anchor_targets([], [], 10).shape == (0,)
+    assert anchor_targets(targets[:1], [matched[0][:0]], 10).shape == (0,)
+
+
+@pytest.mark.parametrize("match", [-3, -4, -100, -(2**40), 2, 3, 2**40])
+def test_a_position_of_no_box_is_named(match):
+    targets = [{"labels": torch.tensor([7, 3])}]
+    with pytest.raises(ValueError, match=rf"matched_idxs: .*image's 2 boxes, got {match}$"):
+        anchor_targets(targets, [torch.tensor([1, match, -1])], 10)
+
+
+@pytest.mark.parametrize(
+    ("targets", "matched", "error", "match"),
+    [
+        ([EMPTY], [torch.tensor([0, -1])], ValueError, "matched_idxs: .*image's 0 boxes, got 0"),
+        ([EMPTY], [], ValueError, "matched_idxs: expected one tensor for each of the 1 images"),
+        ([EMPTY], [[-1, -1]], TypeError, "matched_idxs: .*got list"),
+        ([EMPTY], [torch.tensor([-1.0])], TypeError, "matched_idxs: .*float32"),
+        ([EMPTY], [torch.tensor([True])], TypeError, "matched_idxs: .*bool"),
+        ([EMPTY], [torch.tensor([[-1]])], ValueError, r"matched_idxs: .*\(1, 1\)"),
+        ([{"labels": torch.ones(1)}], [torch.tensor([0])], TypeError, "targets: .*float32"),
+        ([{"labels": torch.ones(1, 1).long()}], [torch.tensor([0])], ValueError, "targets: .*1, 1"),
+        ([{"labels": [1]}], [torch.tensor([0])], TypeError, "targets: .*got list"),
+    ],
+    ids=str,
+)
+def test_wrong_targets_are_named(targets, matched, error, match):
+    with pytest.raises(error, match=match):
+        anchor_targets(targets, matched, 10)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_own_matcher_is_held_to_the_rules(model, batch, use):
+    USES[use](model)
+    matcher = model.proposal_matcher
+    model.proposal_matcher = lambda quality: matcher(quality).clamp(max=-1) - 2
+    with pytest.raises(ValueError, match=r"matched_idxs: .*got -[34]"):
+        model(*batch)
+
+
+def test_boxes_of_images_without_any(model, batch):
+    """(0,) instead of (0, 4), and float labels, as conversions from an empty list give them."""
+    seen = seen_by_the_loss(use_alrp(model, ALRPLoss()), batch[0], [EMPTY, *batch[1][1:]])
+    expected = model.head.compute_loss(**seen)
+    seen["targets"][0] = {"boxes": torch.tensor([]), "labels": torch.tensor([])}
+    assert model.head.compute_loss(**seen) == expected
+    seen["targets"][1] = {**seen["targets"][1], "boxes": seen["targets"][1]["boxes"][:-1]}
+    with pytest.raises(ValueError, match="targets: expected as many boxes as labels"):
+        model.head.compute_loss(**seen)
+
+
 def test_only_the_boxes_of_positives_are_decoded(model, batch, monkeypatch):
     seen = seen_by_the_loss(use_alrp(model, ALRPLoss()), *batch)
     coder = model.head.regression_head.box_coder
@@ -169,6 +235,91 @@ def test_a_copy_trains_on_its_own(model, batch):
     twin.head.regression_head.box_coder.weights = (1.0, 1.0, 1.0, 1.0)
     assert twin(*batch)["bbox_regression"].item() != before
     assert model(*batch)["bbox_regression"].item() == before
+
+
+def losses_of(model, batch):
+    return {name: loss.item() for name, loss in model(*batch).items()}
+
+
+@pytest.mark.parametrize("first", USES)
+@pytest.mark.parametrize("second", USES)
+def test_the_second_call_replaces_the_first(model, batch, first, second):
+    plain = losses_of(model, batch)
+    expected = losses_of(USES[second](copy.deepcopy(model)), batch)
+    assert losses_of(USES[second](USES[first](model)), batch) == expected
+    del model.head.compute_loss
+    assert losses_of(model, batch) == plain
+
+
+def a_head(model, num_classes):
+    old = model.head.classification_head
+    channels = old.cls_logits.in_channels
+    return RetinaNetClassificationHead(channels, old.num_anchors, num_classes)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_new_classification_head_trains_the_ranking_loss(model, batch, use):
+    """As fine-tuning gives it, here with fewer classes; so do a new regression head and a coder."""
+    twin = copy.deepcopy(model)
+    new = a_head(model, num_classes=4)
+    regression = copy.deepcopy(model.head.regression_head)
+    regression.box_coder.weights = (1.0, 1.0, 2.0, 2.0)
+    images, targets = batch
+    targets = [{**target, "labels": target["labels"] % 4} for target in targets]
+    losses = []
+    for fresh, before in ((model, True), (twin, False)):
+        if before:
+            USES[use](fresh)
+        fresh.head.classification_head = copy.deepcopy(new)
+        fresh.head.regression_head = copy.deepcopy(regression)
+        if not before:
+            USES[use](fresh)
+        losses.append(losses_of(fresh, (images, targets)))
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"targets: expected labels in \[0, 4\)"):
+        model(*batch)  # the labels of ten classes
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_new_head_raises_in_training(model, batch, use):
+    """It comes with torchvision's loss, which would be trained in silence."""
+    USES[use](model)
+    old = model.head.classification_head
+    model.head = RetinaNetHead(old.cls_logits.in_channels, old.num_anchors, 10)
+    model.eval()(batch[0])
+    with pytest.raises(RuntimeError, match=r"model\.head: .*call use_alrp or use_ap again"):
+        model.train()(*batch)
+    assert losses_of(USES[use](model), batch) == losses_of(copy.deepcopy(model), batch)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_compiled_head_keeps_the_loss(model, batch, use):
+    expected = losses_of(USES[use](model), batch)
+    model.head = torch.compile(model.head, backend="eager")
+    assert losses_of(model, batch) == expected
+
+
+@pytest.mark.parametrize("use", USES)
+def test_scripting_in_training_mode_raises(model, batch, use):
+    USES[use](model)
+    for part in (model, model.head):
+        with pytest.raises(
+            RuntimeError, match=r"torch\.jit\.script compiles torchvision's own loss"
+        ):
+            torch.jit.script(part)
+    torch.jit.script(model.eval().head)  # (the backbone of this model cannot be scripted)
+    del model.train().head.compute_loss
+    torch.jit.script(model.head)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_average_of_the_model_is_on_its_own(model, batch, use):
+    average = torch.optim.swa_utils.AveragedModel(USES[use](model))
+    for twin in (average.module, pickle.loads(pickle.dumps(model))):
+        assert twin.head.compute_loss.head is twin.head
+        assert twin.compute_loss.model is twin
+        sum(twin.train()(*batch).values()).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("use", "criterion"), [(use_alrp, ALRPLoss), (use_ap, APLoss)])

@@ -12,7 +12,16 @@ from conftest import HAS_GPU
 from examples import IGNORE, detector_batch, relative_error, to_levels
 from torch import library
 
-from alrp_triton import ALRPLoss, SelfBalance, alrp_loss, ap_loss, ops, set_backend
+from alrp_triton import (
+    ALRPLoss,
+    SelfBalance,
+    alrp_loss,
+    ap_loss,
+    error_driven_loss,
+    ops,
+    rank_sort_loss,
+    set_backend,
+)
 from perf.launches import capture
 
 pytest.importorskip("triton")
@@ -104,6 +113,49 @@ def test_levels_and_padded_positives():
     assert relative_error(got[1], expected[1]) < BUDGET
     assert (got[2] - expected[2]).abs().max() < BUDGET * expected[2].abs().max()
     assert relative_error(got[3][slots], expected[3]) < BUDGET
+
+
+def own_errors(counts):
+    return (counts.nfp + counts.value_sum) / counts.rank, 0.0, counts.num_positives
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, t, v, **k: alrp_loss(x, t, v, **k),
+        lambda x, t, v, **k: rank_sort_loss(x, t, v, **k),
+        lambda x, t, v, **k: (error_driven_loss(x, t, own_errors, v, **k),),
+        lambda x, t, v, **k: (error_driven_loss(x, t, own_errors, v, skew=2.0, **k),),
+    ],
+    ids=["alrp", "rank_sort", "own", "skewed"],
+)
+def test_what_stands_in_padded_rows_is_never_seen(loss, garbage):
+    logits, targets, values = batch()
+    found, slots = (targets >= 0).nonzero()[:, 0], torch.tensor([0, 2, 3, 4, 7, 8, 9, 11, 12])
+    slots = slots.to(DEVICE)
+    positives = torch.full((14,), -1, device=DEVICE).index_put((slots,), found)
+    padded = torch.full((14,), garbage, device=DEVICE).index_put((slots,), values)
+    groups = torch.arange(60, device=DEVICE) % 2
+    results = []
+    for given, places in ((values, None), (padded, positives)):
+        leaves = logits.clone().requires_grad_(), given.clone().requires_grad_()
+        parts = loss(leaves[0], targets, leaves[1], positives=places, groups=groups, impl="triton")
+        sum(parts).backward()
+        results.append((*parts, leaves[0].grad))
+    for right, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=BUDGET, atol=BUDGET)
+    if leaves[1].grad is not None:
+        assert (leaves[1].grad[positives < 0] == 0).all()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a device is not asked for it")
+def test_given_positives_are_all_and_each_once():
+    logits, targets, _ = batch()
+    found = (targets >= 0).nonzero()[:, 0]
+    for wrong, message in ((found[:4], "all 9 positives"), (found[[0] * 9], "position once")):
+        with pytest.raises(ValueError, match=f"^positives: expected .*{message}"):
+            ap_loss(logits, targets, positives=wrong, impl="triton")
 
 
 @pytest.mark.parametrize("algorithm", ["pairwise", "breakpoints"])

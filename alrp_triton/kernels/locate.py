@@ -215,6 +215,7 @@ def locate(
     size: int,
     exact: bool,
     ignore_index: int,
+    name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
     """Finds the positives and gathers their scores, as `reference.layout.locate`.
 
@@ -230,13 +231,15 @@ def locate(
     ]
     with torch.cuda.device_of(index):
         if positives is None:
-            _search(levels, index, scores, exact)
+            _search(levels, index, scores, exact, name)
         else:
             _look_up(levels, positives, index, scores)
     return index, scores
 
 
-def _search(levels: Sequence[dict[str, Any]], index: Tensor, scores: Tensor, exact: bool) -> None:
+def _search(
+    levels: Sequence[dict[str, Any]], index: Tensor, scores: Tensor, exact: bool, name: str
+) -> None:
     """Writes the positives into `index` and `scores`, in the order of the targets."""
     lengths = [_length_of_stretch(level["number"]) for level in levels]
     grids = [
@@ -264,11 +267,8 @@ def _search(levels: Sequence[dict[str, Any]], index: Tensor, scores: Tensor, exa
         )
         earlier += programs
         first_logit += level["logits"].numel()
-    _require(
-        fits,
-        f"loc_errors, values, quality or regression_losses: {index.numel()} given, but targets has "
-        "another number of positives",
-    )
+    message = f"{name}: expected one entry for each positive in targets, got {index.numel()}"
+    _require(fits, message)
 
 
 def _length_of_stretch(targets: int) -> int:
