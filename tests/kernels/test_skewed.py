@@ -25,6 +25,8 @@ from alrp_triton.testing.kernel_tolerance import (
     torch_error,
 )
 from alrp_triton.testing.launches import same
+from tests.kernels.test_kernels_delta import DELTAS, DTYPES
+from tests.kernels.test_kernels_delta import draw as draw_around
 
 pytest.importorskip("triton")
 kernels = importlib.import_module("alrp_triton.kernels.skewed")
@@ -94,20 +96,38 @@ class Grouped(NamedTuple):
 
 def draw(name: str, grouped: bool = False) -> Grouped:
     """A case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
-    case = CASES[name]()
-    powers = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64, device=DEVICE)
-    powers = powers.repeat(case.scores.numel())[: case.scores.numel()].contiguous()
+    call = _with_powers(CASES[name]())
     if not grouped:
-        return Grouped(case, powers, [], None)
+        return call
+    case, powers, *_ = call
     groups = [torch.randint(-1, 2, x.shape, device=DEVICE) * 2**40 for x in case.targets]
     return Grouped(case, powers, groups, layout.gather(groups, case.logits, case.index))
+
+
+def _with_powers(case: Case) -> Grouped:
+    powers = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64, device=DEVICE)
+    powers = powers.repeat(case.scores.numel())[: case.scores.numel()].contiguous()
+    return Grouped(case, powers, [], None)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", [name for name in CASES if "inf" not in name])
 def test_mass_and_gradient_are_within_what_they_round(name: str, grouped: bool) -> None:
+    check(draw(name, grouped))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", DELTAS)
+def test_every_delta_with_scores_of_every_magnitude(delta: float, dtype: torch.dtype) -> None:
+    """The weights are D(i) / (Z mass(i)), or a float could not hold what they are multiplied by."""
+    call = _with_powers(draw_around(delta, dtype))
+    mass, _ = call.truth()
+    weights = torch.where(mass > 0, call.case.weights / mass, 0.0)
+    check(call._replace(case=call.case._replace(weights=weights)))
+
+
+def check(call: Grouped) -> None:
     """H is rounded once or twice in the dtype of the scores, all else is float64."""
-    call = draw(name, grouped)
     case, (mass, gradients) = call.case, call.truth()
     error = pair_error(case, _EXACT, torch_error(case, case.negatives()))
     of_mass, of_gradients = call.truth(on_slope=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import bits_of, jit, nan_maximum, real
+from ..language import bits_of, finite, jit, nan_maximum, real
 from ..segments import Lines, by_level
 from ..tuning.block_sizes import BreakpointTiles
 from .dense import (
@@ -97,7 +97,9 @@ def _write_ramp(ramps, place, value, slope, edges, mask):
     """Value and slope side by side: as 32 bits each they are read at once."""
     if ramps.dtype.element_ty == tl.int64:
         value = value.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        slope = slope.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) << 32
+        # Where a positive's only negative is barely within reach, its slope may overflow. What the
+        # negative gets is then all in the value, as long as the slope is a number.
+        slope = finite(slope.to(tl.float32)).to(tl.int32, bitcast=True).to(tl.int64) << 32
         tl.store(ramps + place, value | slope, mask=mask)
     else:
         tl.store(ramps + place, value, mask=mask)
