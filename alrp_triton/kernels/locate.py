@@ -271,10 +271,10 @@ def _search(
         )
         earlier += programs
         first_logit += level["logits"].numel()
-    expected = "one entry"
-    if counts.device.type == "cpu":  # the host knows
-        expected = f"{int(counts.sum())} entries, one"
-    _require(fits, f"{name}: expected {expected} for each positive in targets, got {index.numel()}")
+    number, size = "one entry", index.numel()
+    if counts.device.type == "cpu" and not fits:  # the host knows
+        number = f"{int(counts.sum())} entries, one"
+    _require(fits, f"{name}: expected {number} for each positive in targets, got {size}")
 
 
 def _length_of_stretch(targets: int) -> int:
