@@ -5,16 +5,20 @@ Every loss takes the same `logits`, `targets` and keywords:
     logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such,
         one for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are
         ranked as one list and never concatenated. A level is copied only if d1, ... cannot be
-        viewed as one dimension.
+        viewed as one dimension: never as a head gives it, contiguous as
+        `maps.view(B * A, C, H, W)`, in channels_last as `maps.permute(0, 2, 3, 1).view(-1, C)`.
     targets: the logits' shape without C, integer: in [0, C) the anchor is a positive of that class,
         `ignore_index` takes the whole anchor out, any other value is background. Or the logits'
-        shape (then any shape will do, (N,) too), any dtype: 1 positive, 0 negative, anything else
-        (-1) ignored.
-    delta: half-width of the step function H, in logits; 0 for the hard step.
+        shape (then any shape will do, (N,) too), bool, integer or floating: 1 positive, 0 negative,
+        anything else (-1) ignored.
+    delta: half-width of the step function H, in logits; 0 for the hard step. A number and no
+        tensor, whose value would have to be waited for; torch.compile compiles for each anew.
     ignore_index: the class index that takes an anchor out (-100).
-    positives: (P,) int64 positions of the positives in the flattened targets of all levels, each
-        once, if known; saves the search. It may be padded with -1, so that P is static under
-        torch.compile.
+    positives: (P,) int64 positions of the positives in the flattened targets of all levels, all of
+        them and each once, if known; saves the search. It may be padded with -1, so that P is
+        static under torch.compile; all of it padding ranks nothing. On a CPU one that is missing or
+        given twice raises. A GPU is not asked for it: that takes the pass over the targets which
+        `positives` saves.
     groups: integers, broadcastable to the shape of `targets`, or a list of such for the levels; a
         positive is then ranked among the examples of its own group alone, as the image of each
         anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.
@@ -23,7 +27,9 @@ Every loss takes the same `logits`, `targets` and keywords:
 They return scalars, float32 (float64 for float64 logits; loc also for float64 `loc_errors`),
 attached to the graph even where there is nothing to rank. The gradient by the logits is the
 error-driven update of the paper, balanced between positives and negatives, and not the derivative
-of the returned number.
+of the returned number: no second derivative and no forward mode by the logits. `torch.func.grad`,
+`vjp` and `jacrev` give it like `backward`, `vmap` raises, and loc is differentiated by `loc_errors`
+in either mode.
 """
 
 from __future__ import annotations
@@ -305,8 +311,8 @@ def error_driven_loss(
             module (`help(alrp_triton.functional)`).
         errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, and the error
             that a perfect ranking would leave, each (P,), or a scalar for all of them; the
-            normaliser, a scalar. Scalars may be numbers, tensors of any real dtype. It runs without
-            gradients. Entries of padding are masked out afterwards.
+            normaliser, a scalar other than 0. Scalars may be finite numbers or tensors, of any real
+            dtype. It runs without gradients. Entries of padding are masked out afterwards.
         values: (P,) floating, a number for each positive (an IoU, say), in the order of the
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.

@@ -238,7 +238,11 @@ def locate(
 
 
 def _search(
-    levels: Sequence[dict[str, Any]], index: Tensor, scores: Tensor, exact: bool, name: str
+    levels: Sequence[dict[str, Any]],
+    index: Tensor,
+    scores: Tensor,
+    exact: bool,
+    name: str = "loc_errors",
 ) -> None:
     """Writes the positives into `index` and `scores`, in the order of the targets."""
     lengths = [_length_of_stretch(level["number"]) for level in levels]
@@ -267,8 +271,10 @@ def _search(
         )
         earlier += programs
         first_logit += level["logits"].numel()
-    message = f"{name}: expected one entry for each positive in targets, got {index.numel()}"
-    _require(fits, message)
+    number, size = "one entry", index.numel()
+    if counts.device.type == "cpu" and not fits:  # the host knows
+        number = f"{int(counts.sum())} entries, one"
+    _require(fits, f"{name}: expected {number} for each positive in targets, got {size}")
 
 
 def _length_of_stretch(targets: int) -> int:
