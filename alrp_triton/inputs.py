@@ -120,9 +120,10 @@ _BEYOND_FLOAT = 1 << 1023
 def _check_ignore_index(given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, (int, numbers.Integral)):
         raise TypeError(f"ignore_index: expected an integer, got {_kind(given)}")
-    if not -(1 << 63) <= given < 1 << 63:
+    index = given if isinstance(given, int) else int(given)
+    if not -(1 << 63) <= index < 1 << 63:
         raise ValueError("ignore_index: expected an integer of 64 bits, got a larger one")
-    return given if isinstance(given, int) else int(given)
+    return index
 
 
 def check_dense(name: str, given: Any, expected: str) -> None:
