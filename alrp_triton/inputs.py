@@ -121,9 +121,10 @@ def check_ignore_index(given: Any) -> int:
     """The class index that takes an anchor out; TypeError or ValueError if targets hold no such."""
     if isinstance(given, bool) or not isinstance(given, (int, numbers.Integral)):
         raise TypeError(f"ignore_index: expected an integer, got {_kind(given)}")
-    if not -(1 << 63) <= given < 1 << 63:
+    index = given if isinstance(given, int) else int(given)
+    if not -(1 << 63) <= index < 1 << 63:
         raise ValueError("ignore_index: expected an integer of 64 bits, got a larger one")
-    return given if isinstance(given, int) else int(given)
+    return index
 
 
 def check_dense(name: str, given: Any, expected: str) -> None:
