@@ -6,7 +6,7 @@ at. Importing this needs torch alone.
 
 from typing import TYPE_CHECKING, Any
 
-from .backends import set_backend
+from .backend import set_backend
 from .boxes import localisation_errors
 from .functional import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
 from .loss_terms import Counts, Errors

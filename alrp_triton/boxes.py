@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backend, ops
 
 KINDS = ("iou", "giou", "diou", "ciou")
 FORMATS = ("XYXY", "XYWH", "CXCYWH")
@@ -78,8 +78,8 @@ def localisation_errors(
     pred_boxes = as_corners(pred_boxes, "pred_boxes")
     target_boxes = as_corners(target_boxes, "target_boxes")
     _check(pred_boxes, target_boxes, kind, tau)
-    backends.check_backend(impl, "auto")
-    if backends.choose_impl(impl, pred_boxes.device) == "triton":
+    backend.check_backend(impl, "auto")
+    if backend.choose_impl(impl, pred_boxes.device) == "triton":
         return _TritonErrors.apply(pred_boxes, target_boxes, kind, float(tau))
     overlap = box_overlap(pred_boxes, target_boxes, kind)
     span = 1.0 if kind == "iou" else 2.0

@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backend, ops
 from .error_driven import (
     Ranking,
     attach,
@@ -411,7 +411,7 @@ def _check_skew(skew: float, algorithm: str) -> float:
     skew = check_number("skew", skew)
     if not 0 <= skew <= MOST:
         raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
-    if skew and backends.of_program("algorithm", algorithm) == "breakpoints":
+    if skew and backend.of_program("algorithm", algorithm) == "breakpoints":
         raise ValueError(
             "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
             "'pairwise' or 'auto'"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import backends, ops
+from . import backend, ops
 from .error_driven import Ranking
 from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, gather, is_positive
 
@@ -43,7 +43,7 @@ def prepare_ranking(
     """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
     delta = check_delta(delta)
     ignore_index = check_ignore_index(ignore_index)
-    backends.check_backend(impl, algorithm)
+    backend.check_backend(impl, algorithm)
     if positives is not None:
         check_dense("positives", positives, "an int64 tensor")
     levels = _levels("logits", logits)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backend
 from .boxes import check_kind, localisation_errors
 from .functional import alrp_loss, ap_loss, ndcg_loss, rank_sort_loss
 from .inputs import check_delta, check_ignore_index
@@ -71,7 +71,7 @@ class _RankingLoss(nn.Module):
         algorithm: str = "auto",
     ) -> None:
         super().__init__()
-        backends.check_backend(impl, algorithm)
+        backend.check_backend(impl, algorithm)
         self.delta = check_delta(delta)
         self.ignore_index = check_ignore_index(ignore_index)
         self.impl = impl

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, library
 
-from .backends import choose_impl, load_kernels, select
+from .backend import choose_impl, load_kernels, select
 from .reference import layout, rank_sort, skewed
 
 _library = library.Library("alrp_triton", "DEF")

@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alrp_triton import backends
+from alrp_triton import backend
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
 import hypothesis
@@ -370,7 +370,7 @@ def run(minutes: float, first_seed: int, impl: str | None = None) -> dict[str, A
     while time.monotonic() < end:
         for road, (name, kind) in itertools.product(ROADS, KINDS_OF_CASES.items()):
             runs = impl in (None, road[0]) and (
-                road[0] == "torch" or HAS_GPU or backends._INTERPRETS
+                road[0] == "torch" or HAS_GPU or backend._INTERPRETS
             )
             examples = kind.in_torch if road[0] == "torch" or HAS_GPU else kind.in_triton
             if runs and examples and time.monotonic() < end:
@@ -383,7 +383,7 @@ def run(minutes: float, first_seed: int, impl: str | None = None) -> dict[str, A
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": importlib.metadata.version("triton") if backends._HAS_TRITON else None,
+            "triton": importlib.metadata.version("triton") if backend._HAS_TRITON else None,
             "numpy": np.__version__,
             "hypothesis": hypothesis.__version__,
         },

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alrp_triton import alrp_loss, backends
+from alrp_triton import alrp_loss, backend
 from alrp_triton.reference import breakpoints, layout, pairwise
 
 from .kernel_tolerance import (
@@ -47,10 +47,10 @@ class Size(NamedTuple):
 def algorithms(device: torch.device) -> tuple[dict[str, ModuleType], dict[str, str]]:
     """The algorithms whose kernels run on a device, and why the others do not."""
     runnable, missing = {}, {}
-    for name in backends.ALGORITHMS:
+    for name in backend.ALGORITHMS:
         if name != "auto":
             try:
-                runnable[name] = backends.select("triton", name, [], torch.empty(0, device=device))
+                runnable[name] = backend.select("triton", name, [], torch.empty(0, device=device))
             except RuntimeError as error:
                 missing[name] = str(error)
     return runnable, missing

@@ -57,5 +57,5 @@ def compiled_variants() -> int:
 
 def counting(kernels: ModuleType) -> ModuleType:
     """Where the kernel is that an algorithm counts with."""
-    name = kernels.__name__.replace(".ranks", ".histogram")
-    return importlib.import_module(name)
+    name = kernels.__name__.removesuffix(".ranks")
+    return importlib.import_module(f"{name}.histogram" if name.endswith("breakpoints") else name)

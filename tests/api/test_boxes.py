@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 
 import alrp_triton
-from alrp_triton import backends
+from alrp_triton import backend
 from alrp_triton.boxes import KINDS, NOTHING, as_corners, box_overlap, localisation_errors
 from alrp_triton.testing.box_tolerance import (
     TORCH,
@@ -46,7 +46,7 @@ TRITON = pytest.param(
     Backend("triton", "cpu"),
     id="interpreter",
     marks=pytest.mark.skipif(
-        HAS_GPU or not backends._INTERPRETS, reason="kernels are compiled here, not interpreted"
+        HAS_GPU or not backend._INTERPRETS, reason="kernels are compiled here, not interpreted"
     ),
 )
 GPU = pytest.param(Backend("triton", "cuda"), id="gpu", marks=pytest.mark.gpu)

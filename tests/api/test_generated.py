@@ -17,7 +17,7 @@ from conftest import HAS_GPU, PROFILE
 from generated import DEVICE, KINDS_OF_CASES, ROADS, check, hold
 from strategies import Description, Level, build
 
-from alrp_triton import backends
+from alrp_triton import backend
 
 # Examples of a test: a case takes a second or more in the interpreter, 0.05 s in torch.
 SCALE = {"fast": 1, "ci": 8, "long": 100}[PROFILE]
@@ -43,7 +43,7 @@ def runs() -> list[tuple[tuple[str, str], str, int]]:
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else str(x),
 )
 def test_every_loss_is_what_the_oracle_says(road: tuple[str, str], kind: str, number: int) -> None:
-    if road[0] == "triton" and not (HAS_GPU or backends._INTERPRETS):
+    if road[0] == "triton" and not (HAS_GPU or backend._INTERPRETS):
         pytest.skip("needs Triton")
     hold(road, KINDS_OF_CASES[kind], number)
 
@@ -75,7 +75,7 @@ ONCE_FAILED = {
 @pytest.mark.parametrize("name", ONCE_FAILED)
 @pytest.mark.parametrize("road", ROADS, ids=" ".join)
 def test_what_failed_once_holds(road: tuple[str, str], name: str) -> None:
-    if road[0] == "triton" and not (HAS_GPU or backends._INTERPRETS):
+    if road[0] == "triton" and not (HAS_GPU or backend._INTERPRETS):
         pytest.skip("needs Triton")
     described = ONCE_FAILED[name]
     if road[0] == "triton" and not HAS_GPU and described.levels[0].shape[0] > 1 << 10:

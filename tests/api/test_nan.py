@@ -16,7 +16,7 @@ from torch import Tensor
 from alrp_triton import (
     alrp_loss,
     ap_loss,
-    backends,
+    backend,
     error_driven_loss,
     ndcg_loss,
     rank_sort_loss,
@@ -26,7 +26,7 @@ from alrp_triton.loss_terms import ap_errors
 IGNORE = -100
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-PAIRS = [(impl, algorithm) for impl in ("torch", "triton") for algorithm in backends.ALGORITHMS[1:]]
+PAIRS = [(impl, algorithm) for impl in ("torch", "triton") for algorithm in backend.ALGORITHMS[1:]]
 
 
 LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {

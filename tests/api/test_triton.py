@@ -17,7 +17,7 @@ from alrp_triton import (
     SelfBalance,
     alrp_loss,
     ap_loss,
-    backends,
+    backend,
     error_driven_loss,
     ops,
     rank_sort_loss,
@@ -77,27 +77,27 @@ def test_loss_and_gradients_are_the_reference(dtype, delta, algorithm):
 def test_auto_leaves_an_old_triton_alone(version, chosen, monkeypatch):
     """It has never been compiled with; who asks for it by name may try."""
     monkeypatch.setattr("importlib.metadata.version", lambda package: version)
-    monkeypatch.setattr(backends, "_CHOOSES_TRITON", not backends._is_too_old("triton", (3, 6)))
+    monkeypatch.setattr(backend, "_CHOOSES_TRITON", not backend._is_too_old("triton", (3, 6)))
     gpu = torch.device("cuda")
-    assert backends.choose_impl("auto", gpu) == chosen
-    assert backends.choose_impl("triton", gpu) == "triton"
+    assert backend.choose_impl("auto", gpu) == chosen
+    assert backend.choose_impl("triton", gpu) == "triton"
 
 
 def test_a_triton_of_unknown_version_is_new_enough():
     """Builds of it go by other names."""
-    assert not backends._is_too_old("no-such-package", (3, 6))
+    assert not backend._is_too_old("no-such-package", (3, 6))
 
 
 def test_an_interpreter_that_mistakes_nan_is_refused(monkeypatch):
     """It would look for NaN among the edges, and crash."""
     monkeypatch.setattr("importlib.metadata.version", lambda package: "3.7.1")
-    assert backends._is_too_old("triton", backends._OLDEST_INTERPRETER)
-    monkeypatch.setattr(backends, "_INTERPRETS", False)
+    assert backend._is_too_old("triton", backend._OLDEST_INTERPRETER)
+    monkeypatch.setattr(backend, "_INTERPRETS", False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match=r"expected Triton 3\.8 or later.*got 3\.7\.1"):
-        backends.load_kernels("positives", torch.device("cpu"))
+        backend.load_kernels("positives", torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    backends.load_kernels("positives", torch.device("cuda"))  # where it is compiled
+    backend.load_kernels("positives", torch.device("cuda"))  # where it is compiled
 
 
 def test_levels_and_padded_positives():
@@ -240,8 +240,8 @@ def test_what_is_asked_for_by_name_runs_or_raises():
     try:
         set_backend(impl="triton")
         assert torch.equal(ap_loss(logits, targets), expected)
-        assert backends.select("torch", "auto", [logits], loc_errors) is ops.breakpoints
-        kernels = backends.select("auto", "breakpoints", [logits], loc_errors)
+        assert backend.select("torch", "auto", [logits], loc_errors) is backend.breakpoints
+        kernels = backend.select("auto", "breakpoints", [logits], loc_errors)
         assert kernels.__name__ == "alrp_triton.kernels.breakpoints.ranks"
     finally:
         set_backend()
@@ -261,7 +261,7 @@ def test_what_is_asked_for_by_name_runs_or_raises():
 def test_auto_chooses_triton_and_never_waits():
     """On a GPU: the whole of forward and backward without one synchronisation."""
     logits, targets, loc_errors = batch()
-    kernels = backends.select("auto", "auto", [logits], loc_errors)
+    kernels = backend.select("auto", "auto", [logits], loc_errors)
     assert kernels.__name__.startswith("alrp_triton.kernels.")
     run(logits, targets, loc_errors)  # compiles
     leaf, loc_leaf = logits.clone().requires_grad_(), loc_errors.clone().requires_grad_()

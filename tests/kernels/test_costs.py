@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alrp_triton import backends
+from alrp_triton import backend
 from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise, default_costs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -44,5 +44,5 @@ def test_padding_counts_as_positives():
     levels = [torch.empty(1, device="meta").expand(4, 80, 65_000)]
     for capacity, name in ((4, "pairwise"), (2000, "breakpoints")):
         scores = torch.full((capacity,), -torch.inf)
-        kernels = backends.select("triton", "auto", levels, scores)
+        kernels = backend.select("triton", "auto", levels, scores)
         assert kernels.__name__.endswith(name)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alrp_triton import backends
+from alrp_triton import backend
 from alrp_triton.kernels.tuning import files as tuned
 from alrp_triton.kernels.tuning.block_sizes import (
     BreakpointTiles,
@@ -74,8 +74,7 @@ def test_a_class_chooses_the_sizes(on_a_gpu):
 
 def test_an_algorithm_is_run_by_the_sizes_of_its_class(on_a_gpu):
     pytest.importorskip("triton")
-    from alrp_triton.kernels import pairwise
-    from alrp_triton.kernels.breakpoints import ranks as breakpoints
+    from alrp_triton.kernels import breakpoints, pairwise
 
     section = [{"class": SOME, "tiles": {"gradient_rows": 2}}]
     write(on_a_gpu, {"pairwise": section, "breakpoints": section})
@@ -102,13 +101,13 @@ def test_costs_of_the_file_choose_the_algorithm(on_a_gpu):
 
 def test_auto_asks_the_file(on_a_gpu, monkeypatch):
     chosen = []
-    monkeypatch.setattr(backends, "load_kernels", lambda name, device: chosen.append(name))
+    monkeypatch.setattr(backend, "load_kernels", lambda name, device: chosen.append(name))
     scores = SimpleNamespace(device=GPU, dtype=torch.float32, numel=lambda: 30)
     levels = [torch.empty(1000, 80, device="meta")]
     for pair in (1e-14, 1e-8):
         write(on_a_gpu, {"costs": {"float32": PRICES | {
             "pairwise": PRICES["pairwise"] | {"pair": pair}}}})  # fmt: skip
-        backends.select("triton", "auto", levels, scores)
+        backend.select("triton", "auto", levels, scores)
     assert chosen == ["pairwise", "breakpoints"]
 
 

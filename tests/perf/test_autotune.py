@@ -13,8 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from alrp_triton.kernels import pairwise
-from alrp_triton.kernels.breakpoints import ranks as breakpoints
+from alrp_triton.kernels import breakpoints, pairwise
 from alrp_triton.kernels.tuning import files as tuned
 from alrp_triton.kernels.tuning.block_sizes import BreakpointTiles, Class, Tiles, dtype_class
 from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise, default_costs

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from alrp_triton.kernels.breakpoints import ranks as breakpoints
+from alrp_triton.kernels import breakpoints
 from alrp_triton.kernels.tuning import files as tuned
 from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise
 from perf.autotune import fit_costs as cost_model

@@ -1,4 +1,8 @@
-"""Which backend and which algorithm run; where Triton is imported."""
+"""Which backend and which algorithm run; where Triton is imported.
+
+The file is not called backends.py: torch.compile leaves alone whatever has "triton/backends" in its
+path, for Triton's own sake.
+"""
 
 from __future__ import annotations
 
