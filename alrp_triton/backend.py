@@ -99,6 +99,21 @@ def choose_impl(impl: str, device: torch.device) -> str:
     return impl
 
 
+def explain(device: torch.device) -> str:
+    """What "auto" runs on tensors of a device, and why, in a line."""
+    impl = choose_impl("auto", device)
+    if _program["impl"] != "auto":
+        return f"auto: {impl}, as set_backend says"
+    if impl == "triton":
+        return "auto: triton; pairwise or breakpoints, whichever costs less for P and N"
+    if device.type != "cuda":
+        return "auto: torch, breakpoints; the kernels want a CUDA or ROCm device"
+    if not _HAS_TRITON:
+        return "auto: torch, breakpoints; triton is not installed"
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    return f"auto: torch, breakpoints; the kernels want Triton {oldest} or later"
+
+
 def load_kernels(name: str, device: torch.device) -> ModuleType:
     """The module `name` of `alrp_triton.kernels`; triton is imported here and nowhere else.
 
