@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             for name, call in LOSSES.items():
                 found = check(call, device, impl, algorithm)
                 wrong += found is not None
-                print(f"  {impl:7}{algorithm:12}{name:12}{found or 'agrees with the specification'}")
+                print(
+                    f"  {impl:7}{algorithm:12}{name:12}{found or 'agrees with the specification'}"
+                )
     print(f"\n{wrong} wrong" if wrong else "\nall right")
     return int(wrong > 0)
 

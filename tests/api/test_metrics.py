@@ -585,7 +585,7 @@ def test_wrong_settings_are_named(name, value):
     assert_form(name, lambda: match_detections([], [], **{name: value}))
 
 
-@pytest.mark.parametrize("area", WRONG_AREAS, ids=str)
+@pytest.mark.parametrize("area", WRONG_AREAS, ids=lambda value: str(value)[:20])
 def test_wrong_areas_are_named(area):
     assert_form("areas['odd']", lambda: LRP(areas={"odd": area}))
     assert_form("area", lambda: match_detections([], [], area=area))
