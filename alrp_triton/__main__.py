@@ -1,7 +1,8 @@
 """Tell what runs here and why, and check it: `python -m alrp_triton`.
 
-Each loss runs, forward and backward, on each backend and algorithm that this machine has, beside the
-specification (`alrp_triton.reference.pairwise` in float64). The exit status is 1 if one is wrong.
+Each loss runs, forward and backward, on each backend and algorithm that this machine has, beside
+the specification (`alrp_triton.reference.pairwise` in float64). The exit status is 1 if one is
+wrong.
 """
 
 from __future__ import annotations

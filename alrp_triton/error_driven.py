@@ -168,12 +168,16 @@ def _sorting_update(
     return passed - update
 
 
+_NOTHING = 2.0**-900  # quotients by more than this are finite, times what may come from above too
+
+
 def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
     """D(i) / Z, 0 where nothing stands above i to take it; and where nothing does.
 
-    Above padding nothing stands. NaN is something, and stays visible.
+    Above padding nothing stands. NaN is something, and stays visible. So little that D(i) could not
+    be divided by it (a float64 logit a hair inside the window) is nothing, for both sides alike.
     """
-    nothing = above == 0
+    nothing = above < _NOTHING
     update = (errors.error - errors.target) / errors.normaliser
     return update.masked_fill_(nothing, 0.0), nothing
 

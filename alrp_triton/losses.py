@@ -91,7 +91,9 @@ class ALRPLoss(_RankingLoss):
         tau: the IoU from which a detection counts as true.
         balance: the weight of loc; None for a constant 1. `SelfBalance()` wants its `step()` at the
             end of each epoch, `SelfBalance(period=...)` does it by itself.
-        ignore_index, impl, algorithm: as in `alrp_loss`.
+        ignore_index: as in `alrp_loss`; so are the next two.
+        impl: the backend.
+        algorithm: what it computes by.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -147,7 +149,10 @@ class ALRPLoss(_RankingLoss):
         """Loss of one batch.
 
         Args:
-            logits, targets, positives, groups: as in `alrp_loss`.
+            logits: as in `alrp_loss`; so are the next three.
+            targets: class indices, or marks for each logit.
+            positives: where they stand, if known.
+            groups: of the examples, if they are ranked within them.
             pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) of the positives, in the order in
                 which they stand in `targets`.
             target_boxes: (P, 4) their ground truth.

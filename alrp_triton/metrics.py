@@ -413,7 +413,9 @@ def upper_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = Non
     as long as the detections are not matched anew (two of one object may then change roles).
 
     Args:
-        scores, ious, labels: (T,) as in `score_iou_correlation`.
+        scores: (T,) as in `score_iou_correlation`, as are the next two.
+        ious: (T,) of the same detections.
+        labels: (T,) their classes; None if there is but one.
 
     Returns:
         (T,) scores, of the dtype of `scores`; of equal IoUs the former gets the higher score.

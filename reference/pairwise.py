@@ -97,7 +97,7 @@ def gradient(
     """The gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
 
     Args:
-        logits, targets, scores, delta, ignore_index, groups, own_groups: as in `count`.
+        logits: levels, as in `count`; so is all else that stands there too.
         index: (P,) positions of the positives in the flattened logits of all levels.
         weights: (P,) float64; what positive i lays on a negative j is weights(i) H(x_ij), so
             weights(i) = D(i) / (Z NFP(i)).

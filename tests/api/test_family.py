@@ -531,3 +531,17 @@ def test_second_derivative_raises():
     (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("algorithm", ["pairwise", "breakpoints"])
+@pytest.mark.parametrize("above", [5e-324, 1e-300, 2.0**-905, 2.0**-890])
+def test_a_negative_a_hair_inside_the_window_gets_a_finite_gradient(algorithm, above):
+    """Of two positives at 1 and delta = 1, negatives above 0 are seen by H = above / 2."""
+    logits = torch.tensor([1.0, 1.0, above], dtype=torch.float64, requires_grad=True)
+    errors = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    cls, loc = alrp_loss(logits, torch.tensor([1, 1, 0]), errors, impl="torch", algorithm=algorithm)
+    (cls + loc).backward()
+    assert logits.grad.isfinite().all()
+    assert abs(float(logits.grad.sum())) <= 1e-15  # Theorem 2
+    if algorithm == "breakpoints":  # pair by pair the logit is rounded away beside 1
+        assert bool(logits.grad[2] > 0) == (above > 2.0**-899)
