@@ -6,20 +6,13 @@ at. Importing this needs torch alone.
 
 from typing import TYPE_CHECKING, Any
 
+from .backend import set_backend
 from .boxes import localisation_errors
-from .errors import Counts, Errors
 from .functional import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
-from .losses import (
-    ALRPLoss,
-    ALRPOutput,
-    APLoss,
-    NDCGLoss,
-    RankSortLoss,
-    RankSortOutput,
-    SelfBalance,
-)
+from .loss_terms import Counts, Errors
+from .losses import ALRPLoss, ALRPOutput, APLoss, NDCGLoss, RankSortLoss, RankSortOutput
 from .matching import Matches, match_detections
-from .ops import set_backend
+from .self_balance import SelfBalance
 
 if TYPE_CHECKING:
     from .metrics import (
@@ -56,7 +49,7 @@ __all__ = [
     "upper_bound_scores",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

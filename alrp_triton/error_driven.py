@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
-from .errors import Counts, Errors, SortingCounts
+from .loss_terms import Counts, Errors, SortingCounts
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def attach(value: Tensor, counts: Counts, errors: Errors, ranking: Ranking) -> T
     """`value`, with the error-driven gradient of the loss `errors` by every logit (Algorithm 1)."""
     if not _is_wanted(ranking):
         return value
-    return _apply([value], _ranking_update(counts, errors, ranking), [], ranking)[0]
+    (attached,) = _apply([value], _ranking_update(counts, errors, ranking), [], ranking)
+    return attached
 
 
 def attach_sorting(
@@ -101,7 +103,18 @@ def attach_sorting(
 
 
 def _is_wanted(ranking: Ranking) -> bool:
-    return torch.is_grad_enabled() and any(level.requires_grad for level in ranking.logits)
+    """Whether anybody differentiates by the logits; in forward mode, to be told that it can't."""
+    if torch.is_grad_enabled() and any(level.requires_grad for level in ranking.logits):
+        return True
+    if not torch.compiler.is_compiling():
+        return _is_transformed() or _has_tangent(ranking.logits)
+    if _is_transformed() and _has_tangent(ranking.logits):  # the compiler knows no jvp
+        _raise_forward_mode()
+    return False
+
+
+def _has_tangent(levels: Sequence[Tensor]) -> bool:
+    return any(forward_ad.unpack_dual(level).tangent is not None for level in levels)
 
 
 class _Update(NamedTuple):
@@ -155,79 +168,81 @@ def _sorting_update(
     return passed - update
 
 
+_NOTHING = 2.0**-900  # quotients by more than this are finite, times what may come from above too
+
+
 def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
     """D(i) / Z, 0 where nothing stands above i to take it; and where nothing does.
 
-    Above padding nothing stands. NaN is something, and stays visible.
+    Above padding nothing stands. NaN is something, and stays visible. So little that D(i) could not
+    be divided by it (a float64 logit a hair inside the window) is nothing, for both sides alike.
     """
-    nothing = above == 0
+    nothing = above < _NOTHING
     update = (errors.error - errors.target) / errors.normaliser
     return update.masked_fill_(nothing, 0.0), nothing
 
 
 def _apply(
     values: Sequence[Tensor], update: _Update, more_own: Sequence[Tensor], ranking: Ranking
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """The scalars attached: the first with the update, the others with gradients by positives."""
-    attached = ErrorDrivenUpdate.apply(
-        _rows(values),
+    return _function().apply(
+        (ranking.delta, ranking.ignore_index, ranking.impl, ranking.algorithm),
+        len(ranking.logits),
+        len(values),
         ranking.index,
         ranking.scores,
         update.weights,
-        _rows([update.own, *more_own]),
         update.powers,
         ranking.own_groups,
-        (ranking.delta, ranking.ignore_index, ranking.impl, ranking.algorithm),
-        len(ranking.logits),
+        update.own,
+        *more_own,
+        *values,
         *ranking.logits,
         *ranking.targets,
         *ranking.groups,
     )
-    # One by one: what `unbind` gives may not be changed in place, as in `loss *= weight`.
-    return [attached[place] for place in range(len(values))]
 
 
-def _rows(given: Sequence[Tensor]) -> Tensor:
-    """Stacked, but for a single one, which is not copied."""
-    return given[0][None] if len(given) == 1 else torch.stack(list(given))
+def _function() -> type[ErrorDrivenUpdate]:
+    """The form of the autograd function that torch takes here; all do the same."""
+    if torch.compiler.is_compiling():
+        return ErrorDrivenUpdate
+    return TransformedUpdate if _is_transformed() else EagerUpdate
+
+
+def _is_transformed() -> bool:
+    """Whether this runs under a transform of `torch.func`; torch asks the same of a function."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class ErrorDrivenUpdate(torch.autograd.Function):
     """Passes values on; its backward makes the gradient by every logit, scaled by the upstream one.
 
     Between the two it keeps what it was called with, and P numbers. The gradient is an update rule
-    and not the derivative of the values, so there is no second derivative.
+    and not the derivative of the values, so there is no second derivative, and none in forward
+    mode. This is the form for torch.compile, which takes no `jvp`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        index: Tensor,
-        scores: Tensor,
-        weights: Tensor,
-        own: Tensor,
-        powers: Tensor | None,
-        own_groups: Tensor | None,
-        settings: tuple[float, int, str, str],
-        number: int,
-        *levels: Tensor,
-    ) -> Tensor:
-        """Keeps what backward needs; returns a copy of `values` (V,), to which `own` is (V, P)."""
-        ctx.save_for_backward(index, scores, weights, own, powers, own_groups, *levels)
-        ctx.settings, ctx.number = settings, number
-        return values.clone()
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
+        """Keeps what backward needs; returns copies of the values, no views of anything."""
+        _keep(ctx, given)
+        return _copies(given)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient by every level of logits."""
-        index, scores, weights, own, powers, own_groups, *levels = ctx.saved_tensors
+        index, scores, weights, powers, own_groups, *rest = ctx.saved_tensors
+        levels = rest[len(upstream) :]
         logits, targets, groups = (
             levels[start : start + ctx.number] for start in range(0, 3 * ctx.number, ctx.number)
         )
         delta, ignore_index, impl, algorithm = ctx.settings
         weights = weights * upstream[0]
-        own = (own * upstream[:, None]).sum(0)
+        own = rest[0] * upstream[0]
+        for more, scale in zip(rest[1 : len(upstream)], upstream[1:], strict=True):
+            own = own + more * scale
         with torch.no_grad():
             if powers is None:
                 gradients = ops.gradient(
@@ -240,8 +255,57 @@ class ErrorDrivenUpdate(torch.autograd.Function):
                     delta, ignore_index, impl, groups, own_groups,
                 )  # fmt: skip
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = NoSecondDerivative.apply(upstream, *logits, *gradients)
-        return (None,) * 9 + tuple(gradients) + (None,) * (len(levels) - ctx.number)
+            gradients = NoSecondDerivative.apply(upstream[0], *logits, *gradients)
+        before = _SETTINGS + 2 * len(upstream)
+        return (None,) * before + tuple(gradients) + (None,) * (len(levels) - ctx.number)
+
+
+# What `_apply` passes on before the gradients by the positives, the values and the levels.
+_SETTINGS = 8
+
+
+def _keep(ctx: Any, given: Sequence[Any]) -> None:
+    ctx.settings, ctx.number, values, *tensors = given
+    fixed = _SETTINGS - 3
+    own, levels = tensors[fixed : fixed + values], tensors[fixed + 2 * values :]
+    ctx.save_for_backward(*tensors[:fixed], *own, *levels)
+
+
+def _copies(given: Sequence[Any]) -> tuple[Tensor, ...]:
+    values = given[2]
+    return tuple(value.clone() for value in given[_SETTINGS + values : _SETTINGS + 2 * values])
+
+
+class EagerUpdate(ErrorDrivenUpdate):
+    """The form for calls that nothing transforms: a tenth of the next one's price."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        """Always raises."""
+        _raise_forward_mode()
+
+
+class TransformedUpdate(EagerUpdate):
+    """The form for transforms of `torch.func`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        """Copies of the values."""
+        return _copies(given)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps what backward needs."""
+        _keep(ctx, inputs)
+
+
+def _raise_forward_mode() -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss has no forward-mode derivative by its logits: its gradient by them is an "
+        "update rule, which backward makes"
+    )
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -251,15 +315,30 @@ class NoSecondDerivative(torch.autograd.Function):
     otherwise let them pass as constants.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, upstream: Tensor, *logits_and_gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(upstream: Tensor, *logits_and_gradients: Tensor) -> tuple[Tensor, ...]:
         """Copies of the gradients, attached to the logits."""
         half = len(logits_and_gradients) // 2
         return tuple(gradient.clone() for gradient in logits_and_gradients[half:])
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> None:
         """Always raises."""
-        raise RuntimeError(
-            "a ranking loss has no second derivative: its gradient by the logits is an update rule"
-        )
+        _raise_second_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> None:
+        """Always raises."""
+        _raise_second_derivative()
+
+
+def _raise_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss has no second derivative: its gradient by the logits is an update rule"
+    )

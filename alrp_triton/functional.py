@@ -1,40 +1,26 @@
 """The losses as functions: the input is checked and laid out (`inputs`), then takes the one road.
 
-Every loss takes the same `logits`, `targets` and keywords:
-
-    logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such,
-        one for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are
-        ranked as one list and never concatenated. A level is copied only if d1, ... cannot be
-        viewed as one dimension.
-    targets: the logits' shape without C, integer: in [0, C) the anchor is a positive of that class,
-        `ignore_index` takes the whole anchor out, any other value is background. Or the logits'
-        shape (then any shape will do, (N,) too), any dtype: 1 positive, 0 negative, anything else
-        (-1) ignored.
-    delta: half-width of the step function H, in logits; 0 for the hard step.
-    ignore_index: the class index that takes an anchor out (-100).
-    positives: (P,) int64 positions of the positives in the flattened targets of all levels, each
-        once, if known; saves the search. It may be padded with -1, so that P is static under
-        torch.compile.
-    groups: integers, broadcastable to the shape of `targets`, or a list of such for the levels; a
-        positive is then ranked among the examples of its own group alone, as the image of each
-        anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.
-    impl, algorithm: see `set_backend`; "auto" chooses.
-
+Every loss takes the same `logits`, `targets` and keywords (`_SHARED`, which each docstring holds).
 They return scalars, float32 (float64 for float64 logits; loc also for float64 `loc_errors`),
 attached to the graph even where there is nothing to rank. The gradient by the logits is the
 error-driven update of the paper, balanced between positives and negatives, and not the derivative
-of the returned number.
+of the returned number: no second derivative and no forward mode by the logits. `torch.func.grad`,
+`vjp` and `jacrev` give it like `backward`, `vmap` raises, and loc is differentiated by `loc_errors`
+in either mode.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
+import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backend, ops
 from .error_driven import (
     Ranking,
     attach,
@@ -44,11 +30,57 @@ from .error_driven import (
     rank_positives,
     sort_positives,
 )
-from .errors import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
-from .inputs import LogitsOrLevels, check_per_positive, prepare_ranking
+from .inputs import (
+    REAL,
+    LogitsOrLevels,
+    check_dense,
+    check_number,
+    check_per_positive,
+    prepare_ranking,
+)
+from .loss_terms import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
 from .reference.skewed import MOST
 
+# What every loss takes, for its docstring.
+_SHARED = """\
+    logits: (N, C), or (N, C, d1, ...) as in `torch.nn.functional.cross_entropy`, or a list of such,
+        one for each feature level; float32, bfloat16, float16 or float64, any strides. Levels are
+        ranked as one list and never concatenated. A level is copied only if d1, ... cannot be
+        viewed as one dimension: never as a head gives it, contiguous as
+        `maps.view(B * A, C, H, W)`, in channels_last as `maps.permute(0, 2, 3, 1).view(-1, C)`.
+    targets: the logits' shape without C, integer: in [0, C) the anchor is a positive of that class,
+        `ignore_index` takes the whole anchor out, any other value is background. Or the logits'
+        shape (then any shape will do, (N,) too), bool, integer or floating: 1 positive, 0 negative,
+        anything else (-1) ignored.
+    delta: half-width of the step function H, in logits: 0 for the hard step, or from 2^-60 to
+        2^60. A number and no tensor, whose value would have to be waited for; torch.compile
+        compiles for each anew.
+    ignore_index: the class index that takes an anchor out (-100).
+    positives: (P,) int64 positions of the positives in the flattened targets of all levels, all of
+        them and each once, if known; saves the search. It may be padded with -1, so that P is
+        static under torch.compile; all of it padding ranks nothing. On a CPU one that is missing or
+        given twice raises. A GPU is not asked for it: that takes the pass over the targets which
+        `positives` saves.
+    groups: integers, broadcastable to the shape of `targets`, or a list of such for the levels; a
+        positive is then ranked among the examples of its own group alone, as the image of each
+        anchor: `torch.arange(B)[:, None, None]`. The losses stay means over all positives.
+    impl: the backend, see `set_backend`; "auto" chooses.
+    algorithm: likewise.
+"""
 
+
+Loss = TypeVar("Loss", bound=Callable)
+
+
+def _takes_the_shared(function: Loss) -> Loss:
+    """Write `_SHARED` into the docstring of a loss, so that `help` says it all."""
+    if function.__doc__:  # python -OO has none
+        shared = textwrap.indent(_SHARED, "    ")
+        function.__doc__ = function.__doc__.replace("        {shared}\n", shared)
+    return function
+
+
+@_takes_the_shared
 def alrp_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
@@ -68,8 +100,7 @@ def alrp_loss(
         loc  = (1/|P|) sum_i (Eloc(i) + S(i)) / rank(i),   S(i) = sum_{k != i} Eloc(k) H(x_ik)
 
     Args:
-        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
-            module (`help(alrp_triton.functional)`).
+        {shared}
         loc_errors: (P,) floating, Eloc of each positive (see `localisation_errors`), in the order
             in which the positives stand in `targets` (row-major, levels in turn), or in the order
             of `positives` and padded alike. Its length tells P, so nothing waits for the device.
@@ -110,6 +141,7 @@ def alrp_loss(
     )
 
 
+@_takes_the_shared
 def ap_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
@@ -126,9 +158,9 @@ def ap_loss(
         AP = (1/|P|) sum_i NFP(i) / rank(i)
 
     Args:
-        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
-            module (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the
-            device how many there are.
+        {shared}
+
+    Without `positives`, the host has to ask the device how many there are.
 
     Returns:
         The loss, a scalar in [0, 1].
@@ -158,6 +190,7 @@ def ap_loss(
     )
 
 
+@_takes_the_shared
 def ndcg_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
@@ -176,13 +209,13 @@ def ndcg_loss(
     A false positive costs more the higher it stands, as in AP Loss, but more evenly over the list.
 
     Args:
-        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
-            module (`help(alrp_triton.functional)`). Without `positives`, the host has to ask the
-            device how many there are. With `groups`, Gmax stays that of one list of |P|, so that
-            several well-ranked groups bring the loss below 0.
+        {shared}
+
+    Without `positives`, the host has to ask the device how many there are.
 
     Returns:
-        The loss, a scalar; in [0, 1) without groups.
+        The loss, a scalar; in [0, 1) without groups. With `groups`, Gmax stays that of one list of
+        |P|, so that several well-ranked groups bring the loss below 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -207,6 +240,7 @@ def ndcg_loss(
     )
 
 
+@_takes_the_shared
 def rank_sort_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
@@ -226,11 +260,11 @@ def rank_sort_loss(
         l*(i)   =               mean over k with q_k >= q_i of 1 - q_k
 
     The means are over i itself and the positives k above it, each weighted by H(x_ik). The sorting
-    error l - l* of i is spread over the positives of lower quality above it.
+    error l - l* of i is spread over the positives of lower quality above it. The default delta is
+    that of the publication.
 
     Args:
-        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
-            module (`help(alrp_triton.functional)`); delta is 0.5, as in the publication.
+        {shared}
         quality: (P,) floating, q of each positive, the IoU of its box in [0, 1]; in the order in
             which the positives stand in `targets`, or in the order of `positives` and padded alike.
             A positive with quality 0 stays a positive. It gets no gradient.
@@ -264,7 +298,7 @@ def rank_sort_loss(
         algorithm=algorithm,
         per_positive=("quality", quality),
     )
-    quality = quality.detach().double()  # that of padding nobody asks for
+    quality = blank_padding(quality.detach().to(torch.float64, copy=True), ranking)
     counts = rank_positives(ranking, 1 - quality)
     sorting = sort_positives(ranking, quality, counts)
     errors = ap_errors(counts), sorting_errors(counts, sorting)
@@ -272,6 +306,7 @@ def rank_sort_loss(
     return attach_sorting(values, counts, sorting, quality, errors, ranking)
 
 
+@_takes_the_shared
 def error_driven_loss(
     logits: LogitsOrLevels,
     targets: LogitsOrLevels,
@@ -292,12 +327,11 @@ def error_driven_loss(
         dL/ds_j = (1/Z) sum_i (l(i) - l*(i)) H(x_ij) / NFP(i)           for j in N
 
     Args:
-        logits, targets, delta, ignore_index, positives, groups, impl, algorithm: see the
-            module (`help(alrp_triton.functional)`).
+        {shared}
         errors_fn: takes `Counts` and returns (l, l*, Z): the error of each positive, and the error
             that a perfect ranking would leave, each (P,), or a scalar for all of them; the
-            normaliser, a scalar. Scalars may be numbers, tensors of any real dtype. It runs without
-            gradients. Entries of padding are masked out afterwards.
+            normaliser, a scalar other than 0. Scalars may be finite numbers or tensors, of any real
+            dtype. It runs without gradients. Entries of padding are masked out afterwards.
         values: (P,) floating, a number for each positive (an IoU, say), in the order of the
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.
@@ -364,40 +398,44 @@ def _check_errors(returned: Any, nfp: Tensor) -> Errors:
             f"errors_fn: expected it to return (l, l*, Z), got {type(returned).__name__}{number}"
         )
     error, target, normaliser = returned
-    _check_returned("l", error, nfp, per_positive=True)
-    _check_returned("l*", target, nfp, per_positive=True)
-    _check_returned("Z", normaliser, nfp, per_positive=False)
+    error = _check_returned("l", error, nfp, per_positive=True)
+    target = _check_returned("l*", target, nfp, per_positive=True)
+    normaliser = _check_returned("Z", normaliser, nfp, per_positive=False)
+    if not isinstance(normaliser, Tensor) and normaliser == 0 and nfp.numel():
+        raise ValueError("errors_fn: expected Z other than 0, got 0")
     zeros = torch.zeros_like(nfp)
     return Errors(zeros + error, zeros + target, normaliser)
 
 
-def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> None:
-    if not isinstance(given, (Tensor, int, float)):
-        raise TypeError(
-            f"errors_fn: expected {name} as a tensor or a number, got {type(given).__name__}"
-        )
-    if not isinstance(given, Tensor) or given.dim() == 0:
-        return
+def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> Tensor | float:
+    if isinstance(given, numbers.Real):
+        number = check_number("errors_fn", given + 0)  # of a bool, 0 or 1
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"errors_fn: expected {name} finite, got {number}")
+        return number
+    check_dense("errors_fn", given, f"{name} as a tensor or a number")
+    if given.dtype not in REAL:
+        raise TypeError(f"errors_fn: expected {name} real, of 8 bits or more, got {given.dtype}")
+    if given.device != nfp.device and (given.dim() or given.device.type != "cpu"):
+        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
     expected = f"{tuple(nfp.shape)}, one entry for each positive, or ()" if per_positive else "()"
-    if not per_positive or given.shape != nfp.shape:
+    if given.dim() and not (per_positive and given.shape == nfp.shape):
         raise ValueError(
             f"errors_fn: expected {name} of shape {expected}, got {tuple(given.shape)}"
         )
-    if given.device != nfp.device:
-        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
+    return given
 
 
 def _check_skew(skew: float, algorithm: str) -> float:
-    if isinstance(skew, bool) or not isinstance(skew, (int, float)):
-        raise TypeError(f"skew: expected a number, got {type(skew).__name__}")
+    skew = check_number("skew", skew)
     if not 0 <= skew <= MOST:
         raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
-    if skew and ops.of_program("algorithm", algorithm) == "breakpoints":
+    if skew and backend.of_program("algorithm", algorithm) == "breakpoints":
         raise ValueError(
             "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
             "'pairwise' or 'auto'"
         )
-    return float(skew)
+    return skew
 
 
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:

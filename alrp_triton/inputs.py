@@ -7,18 +7,24 @@ came; what only a device knows is an asynchronous assertion there (`ops.locate`)
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops
+from . import backend, ops
 from .error_driven import Ranking
 from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, gather, is_positive
 
 LogitsOrLevels = Tensor | Sequence[Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REAL = (torch.bool, *_INTEGERS, *_DTYPES)  # that torch compares and promotes on every version
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # for which torch has hardly an operator
 
 
 def prepare_ranking(
@@ -35,12 +41,11 @@ def prepare_ranking(
     skew: float = 0.0,
 ) -> Ranking:
     """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
-    check_delta(delta)
-    if isinstance(ignore_index, (bool, Tensor)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if positives is not None and not isinstance(positives, Tensor):
-        raise TypeError(f"positives: expected an int64 tensor, got {type(positives).__name__}")
-    ops.check_backend(impl, algorithm)
+    delta = check_delta(delta)
+    ignore_index = check_ignore_index(ignore_index)
+    backend.check_backend(impl, algorithm)
+    if positives is not None:
+        check_dense("positives", positives, "an int64 tensor")
     levels = _levels("logits", logits)
     level_targets = _levels("targets", targets)
     if len(levels) != len(level_targets):
@@ -64,6 +69,7 @@ def prepare_ranking(
         exact,
         ignore_index,
         impl,
+        per_positive[0],
     )
     own_groups = gather(level_groups, levels, index) if level_groups else None
     return Ranking(
@@ -75,7 +81,7 @@ def prepare_ranking(
         positives is not None or not exact,
         scores,
         own_groups,
-        float(delta),
+        delta,
         ignore_index,
         impl,
         algorithm,
@@ -83,25 +89,76 @@ def prepare_ranking(
     )
 
 
-def check_delta(delta: float) -> None:
-    """Raises TypeError or ValueError unless delta is a half-width that every algorithm takes."""
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)):
-        raise TypeError(f"delta: expected a number, got {type(delta).__name__}")
+def check_delta(delta: float, name: str = "delta") -> float:
+    """The half-width as a float; TypeError or ValueError if not every algorithm takes it."""
+    delta = check_number(name, delta)
     if delta != 0 and not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
         raise ValueError(
-            f"delta: expected 0 or a number from {SMALLEST_DELTA:.2g} to {LARGEST_DELTA:.2g}, "
+            f"{name}: expected 0 or a number from {SMALLEST_DELTA:.2g} to {LARGEST_DELTA:.2g}, "
             f"got {delta}"
         )
+    return delta
+
+
+def check_number(name: str, given: Any) -> float:
+    """A real number as a float, infinite if it is too large for one; TypeError if it is none.
+
+    A tensor is none: to ask its value is to wait for its device.
+    """
+    if isinstance(given, float):
+        return given
+    if isinstance(given, bool) or not isinstance(given, (int, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {_kind(given)}")
+    if isinstance(given, int) and not -_BEYOND_FLOAT < given < _BEYOND_FLOAT:
+        return math.inf if given > 0 else -math.inf
+    return float(given)
+
+
+_BEYOND_FLOAT = 1 << 1023
+
+
+def check_ignore_index(given: Any) -> int:
+    """The class index that takes an anchor out; TypeError or ValueError if targets hold no such."""
+    if isinstance(given, bool) or not isinstance(given, (int, numbers.Integral)):
+        raise TypeError(f"ignore_index: expected an integer, got {_kind(given)}")
+    index = given if isinstance(given, int) else int(given)
+    if not -(1 << 63) <= index < 1 << 63:
+        raise ValueError("ignore_index: expected an integer of 64 bits, got a larger one")
+    return index
+
+
+def check_dense(name: str, given: Any, expected: str) -> None:
+    """TypeError unless it is a tensor that holds its own numbers, strided."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {_kind(given)}")
+    if given.layout != torch.strided or given.is_nested:
+        layout = "jagged" if given.is_nested else str(given.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {expected}, strided, got one of layout {layout}")
+    if given.is_quantized:
+        raise TypeError(f"{name}: expected {expected}, got one of {given.dtype}")
+    if not torch.compiler.is_compiling() and (
+        is_traceable_wrapper_subclass(given) or isinstance(given, torch.masked.MaskedTensor)
+    ):
+        raise TypeError(
+            f"{name}: expected {expected} that holds its own numbers, got {_kind(given)}"
+        )
+
+
+def _kind(given: Any) -> str:
+    return type(given).__name__
 
 
 def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:
-    levels = [given] if isinstance(given, Tensor) else given
-    if not isinstance(levels, (list, tuple)) or not all(isinstance(x, Tensor) for x in levels):
-        raise TypeError(
-            f"{name}: expected a tensor or a list of tensors, got {type(given).__name__}"
-        )
-    if not levels:
-        raise ValueError(f"{name}: expected at least one level, got an empty list")
+    levels = given if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, (list, tuple)) and not levels:
+        raise ValueError(f"{name}: expected at least one level, got an empty {_kind(given)}")
+    for level in levels:
+        if level is not given and not isinstance(level, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor or a list of tensors, got a {_kind(given)} of "
+                f"{_kind(level)}"
+            )
+        check_dense(name, level, "a tensor or a list of tensors")
     return list(levels)
 
 
@@ -127,21 +184,34 @@ def _lay_out(
     per_logit = targets.shape == logits.shape
     anchors = (*logits.shape[:1], *logits.shape[2:])
     if not per_logit and (logits.dim() < 2 or tuple(targets.shape) != anchors):
+        indices = f"{anchors} (class indices) or " if logits.dim() > 1 else ""
         raise ValueError(
-            f"targets: expected shape {anchors} (class indices) or {tuple(logits.shape)} "
+            f"targets: expected shape {indices}{tuple(logits.shape)} "
             f"(1 / 0 / -1) for logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
         )
+    targets = _comparable(targets.detach(), per_logit)
     shape = (*logits.shape, 1, 1)[: max(2, logits.dim())]
     batch, classes, places = shape[0], shape[1], math.prod(shape[2:])
     logits = logits.reshape(batch, classes, places)
     if per_logit:
         return logits, targets.reshape(batch, classes, places)
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"targets: expected integer class indices, got {targets.dtype}")
     range_ = torch.iinfo(targets.dtype)
     if not range_.min <= ignore_index <= range_.max or classes > range_.max:
         targets = targets.long()  # or what they are compared with would wrap around
     return logits, targets.reshape(batch, places)
+
+
+def _comparable(targets: Tensor, per_logit: bool) -> Tensor:
+    """The targets in a dtype that has comparisons on every torch; TypeError if they have none."""
+    dtype = targets.dtype
+    if dtype in _UNSIGNED:
+        targets = targets.long()
+        # What int64 does not hold has turned negative: it is background, and no `ignore_index`.
+        return targets.masked_fill_(targets < 0, torch.iinfo(torch.int64).max)
+    if dtype in (REAL if per_logit else _INTEGERS):
+        return targets
+    expected = "1 / 0 / -1, integer, bool or floating" if per_logit else "integer class indices"
+    raise TypeError(f"targets: expected {expected}, got {dtype}")
 
 
 def _lay_out_groups(
@@ -168,7 +238,9 @@ def _lay_out_groups(
 
 
 def _lay_out_group(groups: Tensor, targets: Tensor, device: torch.device) -> Tensor:
-    if groups.is_floating_point() or groups.is_complex():
+    if groups.dtype in _UNSIGNED:
+        groups = groups.long()
+    if groups.dtype not in (torch.bool, *_INTEGERS):
         raise TypeError(f"groups: expected integers, got {groups.dtype}")
     if groups.device != device:
         raise ValueError(f"groups: expected on {device} like the logits, got {groups.device}")
@@ -218,9 +290,9 @@ def _size(
 
 def check_per_positive(name: str, given: Tensor) -> None:
     """Raises TypeError or ValueError, by its name, unless it has a number for each positive."""
-    if not isinstance(given, Tensor) or not given.is_floating_point():
-        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
-        raise TypeError(f"{name}: expected a floating tensor, got {kind}")
+    check_dense(name, given, "a floating tensor")
+    if given.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected a floating tensor of 16 to 64 bits, got {given.dtype}")
     if given.dim() != 1:
         raise ValueError(
             f"{name}: expected shape (P,), one entry for each positive, got shape "

@@ -1,17 +1,21 @@
-"""The losses as modules, and the self-balancing weight of the localisation term."""
+"""The losses as modules."""
 
-from __future__ import annotations
-
-import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import backend
 from .boxes import check_kind, localisation_errors
 from .functional import alrp_loss, ap_loss, ndcg_loss, rank_sort_loss
-from .inputs import LogitsOrLevels
+from .inputs import check_delta, check_ignore_index
+from .self_balance import SelfBalance, recomputes
+
+if TYPE_CHECKING:
+    from .inputs import LogitsOrLevels
+else:
+    LogitsOrLevels = Any  # TorchScript reads the annotations, and knows no sequence of tensors
 
 
 class ALRPOutput(NamedTuple):
@@ -31,101 +35,54 @@ class RankSortOutput(NamedTuple):
     sorting: Tensor  # positives among themselves
 
 
-class SelfBalance(nn.Module):
-    """Self-balancing (Sec. 4.2): the weight of loc is mean(aLRP) / mean(loc) of the previous epoch.
+class _Weighted(torch.autograd.Function):
+    """weight * loc, and back with the same weight.
 
-    The statistics are buffers: they stay on the device of the losses (nothing waits for it) and are
-    saved in `state_dict`. An iteration whose loss is not finite is left out of them.
-    Outside of the module that DistributedDataParallel wraps, each rank balances on what it sees;
-    inside, all take rank 0's, whose buffers are broadcast.
-
-    Args:
-        initial: weight in the first epoch (50 in the paper, which finds it to hardly matter).
-        period: number of iterations after which an epoch ends by itself; None if the caller says so
-            with `step()`.
-
-    Raises:
-        TypeError, ValueError: if initial is no positive number, or period no integer from 1 on.
-
-    Example:
-        >>> balance = SelfBalance(initial=50.0)
-        >>> balance.update(torch.tensor(0.9), torch.tensor(0.1))
-        >>> balance.step()                           # the epoch ends
-        >>> round(balance.weight.item(), 4)
-        10.0
+    It is kept apart from the saved tensors, which a checkpoint computes again, and by then another
+    call may have changed the weight.
     """
 
-    weight: Tensor
-    sums: Tensor
-    iterations: Tensor
+    @staticmethod
+    def forward(loc: Tensor, weight: Tensor) -> Tensor:
+        return weight * loc
 
-    def __init__(self, initial: float = 50.0, period: int | None = None) -> None:
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.weight = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.weight * upstream, None
+
+
+class _RankingLoss(nn.Module):
+    """The settings that the losses share, checked when they are made.
+
+    TorchScript passes over what stands below `not torch.jit.is_scripting()`: a model that holds a
+    loss can be scripted for inference, and calling the loss in it raises.
+    """
+
+    def __init__(
+        self,
+        delta: float = 1.0,
+        *,
+        ignore_index: int = -100,
+        impl: str = "auto",
+        algorithm: str = "auto",
+    ) -> None:
         super().__init__()
-        if isinstance(initial, bool) or not isinstance(initial, (int, float)):
-            raise TypeError(f"initial: expected a number, got {type(initial).__name__}")
-        if isinstance(period, bool) or not isinstance(period, (int, type(None))):
-            raise TypeError(f"period: expected None or an integer, got {type(period).__name__}")
-        if not initial > 0:
-            raise ValueError(f"initial: expected a positive number, got {initial}")
-        if period is not None and period < 1:
-            raise ValueError(f"period: expected None or at least 1, got {period}")
-        self.period = period
-        self.register_buffer("weight", torch.tensor(float(initial), dtype=torch.float64))
-        self.register_buffer("sums", torch.zeros(2, dtype=torch.float64))  # of aLRP, of loc
-        self.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
-        # Known to the host, for the warning: the length of the positives, not what they hold.
-        self._calls = 0
-        self._seen_positive = False
-        self._warned = False
-
-    @torch.no_grad()
-    def update(self, cls: Tensor, loc: Tensor, num_positives: int = 1) -> None:
-        """Adds one iteration: its cls and loc (scalars), and how many positives it had."""
-        if self.sums.device != cls.device and not torch.compiler.is_compiling():
-            self.to(cls.device)  # a copy to another device would wait for it in every iteration
-        sums = torch.stack([cls + loc, loc]).to(self.sums)
-        self.sums += torch.where(sums.isfinite().all(), sums, 0.0)
-        self.iterations += 1
-        if self.period is not None:
-            self._end_epoch(self.iterations >= self.period)
-        if not torch.compiler.is_compiling():
-            self._calls += 1
-            self._seen_positive = self._seen_positive or num_positives > 0
-            if self._calls == self.period:
-                self._warn_without_positives()
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Ends an epoch: the weight becomes the ratio of what was summed since the last one.
-
-        It stays as it was if nothing was localised, and warns once if no positive was ever seen.
-        """
-        self._warn_without_positives()
-        self._end_epoch(self.iterations > 0)
-
-    def _end_epoch(self, ends: Tensor) -> None:
-        total, loc = self.sums
-        usable = ends & (loc > 0)
-        self.weight.copy_(torch.where(usable, total / torch.where(usable, loc, 1.0), self.weight))
-        self.sums.masked_fill_(ends, 0)
-        self.iterations.masked_fill_(ends, 0)
-
-    def _warn_without_positives(self) -> None:
-        if self._seen_positive or self._warned:
-            return
-        self._warned = True
-        warnings.warn(
-            "SelfBalance: no positive was seen so far, the weight of the localisation loss stays "
-            "at its initial value; check the assignment of targets",
-            stacklevel=3,
-        )
+        backend.check_backend(impl, algorithm)
+        self.delta = check_delta(delta)
+        self.ignore_index = check_ignore_index(ignore_index)
+        self.impl = impl
+        self.algorithm = algorithm
 
     def extra_repr(self) -> str:
         """What repr() shows."""
-        return f"period={self.period}"
+        return f"delta={self.delta}"
 
 
-class ALRPLoss(nn.Module):
+class ALRPLoss(_RankingLoss):
     """aLRP Loss for classification and box regression, with self-balancing.
 
     Args:
@@ -134,11 +91,18 @@ class ALRPLoss(nn.Module):
         tau: the IoU from which a detection counts as true.
         balance: the weight of loc; None for a constant 1. `SelfBalance()` wants its `step()` at the
             end of each epoch, `SelfBalance(period=...)` does it by itself.
-        ignore_index, impl, algorithm: as in `alrp_loss`.
+        ignore_index: as in `alrp_loss`; so are the next two.
+        impl: the backend.
+        algorithm: what it computes by.
 
     Raises:
-        ValueError: if there is no such box_loss, or tau is not in [0, 1). What else is wrong,
-            `alrp_loss` and `localisation_errors` raise at the call.
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    In training mode each call counts as an iteration of the balance, unless gradients are disabled.
+    A call below `torch.utils.checkpoint` counts once. With `use_reentrant=True` that is in
+    backward, so of several such calls before one backward a later weight may be used there; with
+    `use_reentrant=False` backward has the weight that forward returned. Compiled, a loss below an
+    eager checkpoint counts twice, and on torch 2.6 below a compiled one too.
 
     Example:
         >>> criterion = ALRPLoss(balance=SelfBalance(period=1000))
@@ -162,15 +126,16 @@ class ALRPLoss(nn.Module):
         impl: str = "auto",
         algorithm: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(delta, ignore_index=ignore_index, impl=impl, algorithm=algorithm)
         check_kind(box_loss, tau, "box_loss")
-        self.delta = delta
+        if balance is not None and not isinstance(balance, SelfBalance):
+            raise TypeError(
+                f"balance: expected None or a SelfBalance, got {type(balance).__name__}"
+            )
         self.box_loss = box_loss
-        self.tau = tau
+        self.tau = float(tau)
         self.balance = balance
-        self.ignore_index = ignore_index
-        self.impl = impl
-        self.algorithm = algorithm
+        self._weight: Tensor | None = None  # of the last call, which a checkpoint may repeat
 
     def forward(
         self,
@@ -184,7 +149,10 @@ class ALRPLoss(nn.Module):
         """Loss of one batch.
 
         Args:
-            logits, targets, positives, groups: as in `alrp_loss`.
+            logits: as in `alrp_loss`; so are the next three.
+            targets: class indices, or marks for each logit.
+            positives: where they stand, if known.
+            groups: of the examples, if they are ranked within them.
             pred_boxes: (P, 4) predicted boxes (x1, y1, x2, y2) of the positives, in the order in
                 which they stand in `targets`.
             target_boxes: (P, 4) their ground truth.
@@ -192,54 +160,41 @@ class ALRPLoss(nn.Module):
         Returns:
             `ALRPOutput`: loss = cls + weight * loc, and its parts.
         """
-        loc_errors = localisation_errors(
-            pred_boxes, target_boxes, self.box_loss, self.tau, impl=self.impl
-        )
-        cls, loc = alrp_loss(
-            logits,
-            targets,
-            loc_errors,
-            self.delta,
-            ignore_index=self.ignore_index,
-            positives=positives,
-            groups=groups,
-            impl=self.impl,
-            algorithm=self.algorithm,
-        )
+        if not torch.jit.is_scripting():
+            loc_errors = localisation_errors(
+                pred_boxes, target_boxes, self.box_loss, self.tau, impl=self.impl
+            )
+            cls, loc = alrp_loss(
+                logits,
+                targets,
+                loc_errors,
+                self.delta,
+                ignore_index=self.ignore_index,
+                positives=positives,
+                groups=groups,
+                impl=self.impl,
+                algorithm=self.algorithm,
+            )
+            weight = self._balance(cls.detach(), loc.detach(), loc_errors.numel())
+            return ALRPOutput(cls + _Weighted.apply(loc, weight), cls, loc, weight)
+        raise RuntimeError("ALRPLoss: TorchScript cannot compile it, call it outside")
+
+    def _balance(self, cls: Tensor, loc: Tensor, num_positives: int) -> Tensor:
+        """The weight of loc in this iteration, which is counted."""
         if self.balance is None:
-            weight = torch.ones_like(loc, requires_grad=False)
-        else:
-            # A copy: the buffer may change before backward reads it.
-            weight = self.balance.weight.to(loc.dtype, copy=True)
-            if self.training:
-                self.balance.update(cls.detach(), loc.detach(), loc_errors.numel())
-        return ALRPOutput(cls + weight * loc, cls, loc, weight)
+            return torch.ones_like(loc)
+        if recomputes() and self._weight is not None:
+            return self._weight
+        weight = self.balance.weight_of(loc)
+        if self.training and torch.is_grad_enabled():
+            self.balance.update(cls, loc, num_positives)
+        if not torch.compiler.is_compiling():
+            self._weight = weight
+        return weight
 
     def extra_repr(self) -> str:
         """What repr() shows."""
         return f"delta={self.delta}, box_loss={self.box_loss!r}, tau={self.tau}"
-
-
-class _RankingLoss(nn.Module):
-    """The settings that the losses without boxes share."""
-
-    def __init__(
-        self,
-        delta: float = 1.0,
-        *,
-        ignore_index: int = -100,
-        impl: str = "auto",
-        algorithm: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.delta = delta
-        self.ignore_index = ignore_index
-        self.impl = impl
-        self.algorithm = algorithm
-
-    def extra_repr(self) -> str:
-        """What repr() shows."""
-        return f"delta={self.delta}"
 
 
 class _ScalarLoss(_RankingLoss):
@@ -255,16 +210,18 @@ class _ScalarLoss(_RankingLoss):
         groups: LogitsOrLevels | None = None,
     ) -> Tensor:
         """The loss of one batch, a scalar; arguments as in `ap_loss`."""
-        return self.function(
-            logits,
-            targets,
-            self.delta,
-            ignore_index=self.ignore_index,
-            positives=positives,
-            groups=groups,
-            impl=self.impl,
-            algorithm=self.algorithm,
-        )
+        if not torch.jit.is_scripting():
+            return self.function(
+                logits,
+                targets,
+                self.delta,
+                ignore_index=self.ignore_index,
+                positives=positives,
+                groups=groups,
+                impl=self.impl,
+                algorithm=self.algorithm,
+            )
+        raise RuntimeError("APLoss, NDCGLoss: TorchScript cannot compile them, call them outside")
 
 
 class APLoss(_ScalarLoss):
@@ -324,15 +281,17 @@ class RankSortLoss(_RankingLoss):
         groups: LogitsOrLevels | None = None,
     ) -> RankSortOutput:
         """The loss of one batch and its parts; arguments as in `rank_sort_loss`."""
-        ranking, sorting = rank_sort_loss(
-            logits,
-            targets,
-            quality,
-            self.delta,
-            ignore_index=self.ignore_index,
-            positives=positives,
-            groups=groups,
-            impl=self.impl,
-            algorithm=self.algorithm,
-        )
-        return RankSortOutput(ranking + sorting, ranking, sorting)
+        if not torch.jit.is_scripting():
+            ranking, sorting = rank_sort_loss(
+                logits,
+                targets,
+                quality,
+                self.delta,
+                ignore_index=self.ignore_index,
+                positives=positives,
+                groups=groups,
+                impl=self.impl,
+                algorithm=self.algorithm,
+            )
+            return RankSortOutput(ranking + sorting, ranking, sorting)
+        raise RuntimeError("RankSortLoss: TorchScript cannot compile it, call it outside")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .boxes import FORMATS, format_of, to_corners
 
 Image = Mapping[str, Tensor]  # what is known of one image, by the names below
 
@@ -79,16 +82,21 @@ def match_detections(
 
     Args:
         preds: for each image a dict of `boxes` (D, 4), corners (x1, y1, x2, y2) in any unit,
-            `scores` (D,), floating, and `labels` (D,), integer.
+            `scores` (D,), floating, and `labels` (D,), integers that int64 holds. Boxes that carry
+            another format, as torchvision's `BoundingBoxes` do, are converted (XYWH and CXCYWH). A
+            detection that is inside-out has area 0, and no IoU with anything.
         target: for each image a dict of `boxes` (G, 4), `labels` (G,) and, where there are any,
             `iscrowd` (G,), 0 or 1, and `area` (G,), which stands for that of the boxes where the
-            range of areas is asked for (COCO has the area of the outline there).
+            range of areas is asked for (COCO has the area of the outline there). An inside-out
+            box, which is what a width and height taken for a corner often give, is refused.
+            Empty tensors, here and in preds, may have any dtype and device.
         tau: the IoU from which a detection counts as true, in [0, 1).
         max_detections: only so many detections of an image and class count, the highest scored.
         area: the least and the largest area, both included, in squares of the boxes' unit.
 
     Returns:
-        `Matches`, in the order of preds and target, on their device, which must have float64.
+        `Matches`, in the order of preds and target, on their device; on the CPU for those of MPS,
+        which lacks float64.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -101,10 +109,9 @@ def match_detections(
         >>> matches.true, matches.ious
         (tensor([ True, False, False]), tensor([0.8000, 0.0000, 0.0000], dtype=torch.float64))
     """
-    check_images(preds, target)
-    check_setting(tau, max_detections)
-    check_area("area", area)
-    found, truths = gather_detections(preds), gather_truths(target)
+    tau, max_detections = check_tau(tau), check_max_detections(max_detections)
+    area = check_area("area", area)
+    found, truths = gather(preds, target)
     return assign(find_candidates(found, truths, tau, max_detections), area)
 
 
@@ -112,7 +119,6 @@ def find_candidates(
     detections: Detections, truths: Truths, tau: float, max_detections: int
 ) -> Candidates:
     """All pairs within an image and class that reach an IoU of tau."""
-    check_values(detections, truths)
     groups, truth_groups = _groups(detections, truths)
     order = sort_within(detections.scores, groups, descending=True)
     sorted_groups = groups[order]
@@ -241,142 +247,257 @@ def starts(values: Tensor) -> Tensor:
 
 # --- what comes in -----------------------------------------------------------------------------
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
-def gather_detections(preds: Sequence[Image]) -> Detections:
-    """One tensor for all images of each field."""
-    return Detections(
-        torch.cat([_boxes(image["boxes"]) for image in preds] or [torch.zeros(0, 4).double()]),
-        _cat([image["scores"].double() for image in preds], torch.float64),
-        _cat([image["labels"].long() for image in preds], torch.int64),
-        _counts(preds),
+# What each field may be where it holds anything: an empty tensor's dtype tells nothing, since that
+# of `torch.tensor([])` is float32.
+_KINDS = {
+    "boxes": ("a floating or integer", FLOATING + INTEGER),
+    "scores": ("a floating", FLOATING),
+    "labels": ("an integer", INTEGER),
+    "iscrowd": ("an integer or bool", (*INTEGER, torch.bool)),
+    "area": ("a floating or integer", FLOATING + INTEGER),
+}
+
+LARGEST = 2.0**500  # of a coordinate: areas and their sums stay finite
+
+
+def nothing(device: torch.device) -> tuple[Detections, Truths]:
+    """What there is of no images."""
+    boxes, none = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((0, 4), 0))
+    integers = none.long()
+    return (
+        Detections(boxes, none, integers, integers),
+        Truths(boxes, integers, none.bool(), none, integers),
     )
 
 
-def gather_truths(target: Sequence[Image]) -> Truths:
-    """One tensor for all images of each field; areas are those of the boxes where none are given.
+def home(device: torch.device) -> torch.device:
+    """The device, or the CPU in place of one that has no float64, or no numbers at all."""
+    return torch.device("cpu") if device.type in ("mps", "meta") else device
 
-    Without `iscrowd` nothing is a crowd.
+
+def gather(
+    preds: Sequence[Image], target: Sequence[Image], device: torch.device | None = None
+) -> tuple[Detections, Truths]:
+    """One tensor of each field for all images, on `device`, else on that of the boxes.
+
+    Raises TypeError or ValueError for what `match_detections` cannot take. Waits for the device
+    once, however many images there are. Areas are those of the boxes where none are given, and
+    without `iscrowd` nothing is a crowd.
     """
-    boxes = [_boxes(image["boxes"]) for image in target]
-    crowds = [_optional(image, "iscrowd", torch.zeros_like(image["labels"])) for image in target]
-    areas = [
-        _optional(image, "area", _areas(own)) for image, own in zip(target, boxes, strict=True)
-    ]
-    return Truths(
-        torch.cat(boxes or [torch.zeros(0, 4).double()]),
-        _cat([image["labels"].long() for image in target], torch.int64),
-        _cat([crowd.bool() for crowd in crowds], torch.bool),
-        _cat([area.double() for area in areas], torch.float64),
-        _counts(target),
+    own = _check_images(preds, target)
+    found, truths = nothing(home(own) if device is None else device)
+    found = Detections(
+        _cat([_corners(image["boxes"]) for image in preds], found.boxes),
+        _cat([image["scores"] for image in preds], found.scores),
+        _cat([image["labels"] for image in preds], found.labels),
+        found.counts.new_tensor([_number(image) for image in preds]),
     )
+    numbers = [_number(image) for image in target]
+    boxes = _cat([_corners(image["boxes"]) for image in target], truths.boxes)
+    no_crowds = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    crowds = _cat(_given(target, "iscrowd", no_crowds.split(numbers)), truths.counts)
+    truths = Truths(
+        boxes,
+        _cat([image["labels"] for image in target], truths.labels),
+        crowds.bool(),
+        _cat(_given(target, "area", _areas(boxes).split(numbers)), truths.areas),
+        truths.counts.new_tensor(numbers),
+    )
+    _check_values(found, truths, crowds)
+    return found, truths
 
 
-def _boxes(boxes: Tensor) -> Tensor:
-    return boxes.detach().double().reshape(-1, 4)  # torch.tensor([]) is no boxes
+def _number(image: Image) -> int:
+    boxes = image["boxes"]
+    return len(boxes) if boxes.numel() else 0  # torch.tensor([[]]) is no boxes
 
 
-def _cat(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([part.detach() for part in parts] or [torch.zeros(0, dtype=dtype)])
+def _given(images: Sequence[Image], key: str, otherwise: Sequence[Tensor]) -> list[Tensor]:
+    pairs = zip(images, otherwise, strict=True)
+    return [part if image.get(key) is None else image[key] for image, part in pairs]
 
 
-def _counts(images: Sequence[Image]) -> Tensor:
-    device = images[0]["boxes"].device if images else None
-    return torch.tensor([len(image["boxes"]) for image in images], dtype=torch.int64, device=device)
+def _cat(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
+    """All parts as one tensor with the dtype and on the device of `empty`."""
+    parts = [_plain(part) for part in parts if part.numel()]
+    if not parts:
+        return empty
+    if any(part.dtype != parts[0].dtype or part.device != parts[0].device for part in parts):
+        parts = [_converted(part, empty) for part in parts]  # cat would promote, or refuse
+    return _converted(torch.cat(parts), empty)
 
 
-def _optional(image: Image, key: str, otherwise: Tensor) -> Tensor:
-    given = image.get(key)
-    return otherwise if given is None else given
+def _plain(values: Tensor) -> Tensor:
+    values = values.detach()
+    return values if type(values) is Tensor else values.as_subclass(Tensor)
 
 
-def check_images(preds: Sequence[Image], target: Sequence[Image]) -> None:
-    """Raises TypeError or ValueError, by its name, for what `match_detections` cannot take."""
+def _converted(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.device).to(like.dtype)  # moved first: where it is may lack the dtype
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """(x1, y1, x2, y2), where the boxes carry another format."""
+    form = format_of(boxes)
+    if form == "XYXY" or not boxes.numel():
+        return boxes
+    # uint8 and 16-bit sums are not exact
+    return to_corners(_plain(boxes).to(home(boxes.device)).double(), form)
+
+
+def _check_images(preds: Sequence[Image], target: Sequence[Image]) -> torch.device:
+    """The device of all boxes. Raises for what can be known without waiting for it."""
     for name, images in (("preds", preds), ("target", target)):
-        if not isinstance(images, Sequence):
-            raise TypeError(f"{name}: expected a list of dicts, got {type(images).__name__}")
+        if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            raise TypeError(f"{name}: expected a list of dicts, got {_kind(images)}")
     if len(preds) != len(target):
         raise ValueError(f"target: expected {len(preds)} images like preds, got {len(target)}")
     for i, image in enumerate(preds):
         _check_image(f"preds[{i}]", image, ("scores", "labels"))
     for i, image in enumerate(target):
         _check_image(f"target[{i}]", image, ("labels",), ("iscrowd", "area"))
-    devices = [image["boxes"].device for image in (*preds, *target)]
-    for device in devices:
-        if device != devices[0]:
-            raise ValueError(
-                f"preds, target: expected on one device, got {devices[0]} and {device}"
-            )
-
-
-_DTYPES = {
-    "boxes": "real",
-    "scores": "floating",
-    "labels": "integer",
-    "iscrowd": "integer or bool",
-    "area": "real",
-}
+    devices = [image["boxes"].device for image in (*preds, *target) if image["boxes"].numel()]
+    for name, images in (("preds", preds), ("target", target)):
+        for i, image in enumerate(images):
+            boxes = image["boxes"]
+            if boxes.numel() and boxes.device != devices[0]:
+                raise ValueError(
+                    f"{name}[{i}]['boxes']: expected on {devices[0]} like the first boxes, "
+                    f"got {boxes.device}"
+                )
+    devices += [image["boxes"].device for image in preds]  # where no image has any box
+    return devices[0] if devices else torch.device("cpu")
 
 
 def _check_image(
     name: str, image: Image, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> None:
     if not isinstance(image, Mapping):
-        raise TypeError(f"{name}: expected a dict of tensors, got {type(image).__name__}")
+        raise TypeError(f"{name}: expected a dict of tensors, got {_kind(image)}")
     for key in ("boxes", *required):
         if key not in image:
-            raise ValueError(f"{name}: expected the key {key!r}, got {sorted(image)}")
-    boxes = image["boxes"]
+            raise ValueError(f"{name}: expected the key {key!r}, got {list(image)}")
+    _check_boxes(f"{name}['boxes']", image["boxes"])
+    device, shape = image["boxes"].device, (_number(image),)
     given = [key for key in optional if image.get(key) is not None]
-    for key in ("boxes", *required, *given):
-        field = f"{name}[{key!r}]"
-        values = image[key]
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        if not isinstance(values, Tensor) or not _fits(values.dtype, _DTYPES[key]):
-            raise TypeError(f"{field}: expected a tensor, {_DTYPES[key]}, got {got}")
-        if values.device != boxes.device:
-            raise ValueError(f"{field}: expected on {boxes.device}, got {values.device}")
-        if key == "boxes":
-            if values.shape[1:] != (4,) and values.shape != (0,):
-                raise ValueError(f"{field}: expected shape (N, 4), got {tuple(values.shape)}")
-        elif values.shape != boxes.shape[:1]:
+    for key in (*required, *given):
+        field, values = f"{name}[{key!r}]", image[key]
+        check_tensor(field, values, key)
+        if not values.numel() and shape == (0,):
+            continue
+        if values.device != device:
+            raise ValueError(f"{field}: expected on {device}, got {values.device}")
+        if values.shape != shape:
             raise ValueError(
-                f"{field}: expected shape {tuple(boxes.shape[:1])} for as many boxes, "
-                f"got {tuple(values.shape)}"
+                f"{field}: expected shape {shape} for as many boxes, got {tuple(values.shape)}"
             )
 
 
-def _fits(dtype: torch.dtype, kind: str) -> bool:
-    if kind == "floating":
-        return dtype.is_floating_point
-    if kind == "real":
-        return not dtype.is_complex and dtype != torch.bool
-    if dtype == torch.bool:
-        return kind == "integer or bool"
-    return not dtype.is_floating_point and not dtype.is_complex
+def _check_boxes(field: str, boxes: Tensor) -> None:
+    check_tensor(field, boxes, "boxes")
+    if format_of(boxes) not in FORMATS:
+        raise ValueError(f"{field}: expected format {', '.join(FORMATS)}, got {format_of(boxes)}")
+    if boxes.is_meta:
+        raise ValueError(f"{field}: expected on a device that holds numbers, got meta")
+    if boxes.numel() and (boxes.dim() != 2 or boxes.shape[1] != 4):
+        raise ValueError(f"{field}: expected shape (N, 4), got {tuple(boxes.shape)}")
 
 
-def check_values(detections: Detections, truths: Truths) -> None:
-    """Raises ValueError for a NaN, and for boxes that are not finite; waits for the device."""
-    for name, values in (
-        ("preds: boxes", detections.boxes),
-        ("target: boxes", truths.boxes),
-        ("target: area", truths.areas),
-    ):
-        if not values.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got NaN or an infinity")
-    if detections.scores.isnan().any():
-        raise ValueError("preds: scores: expected numbers, got NaN")
+def check_tensor(field: str, values: Any, key: str) -> None:
+    """Raises TypeError, by the name `field`, unless it is a tensor that `key` may be."""
+    kind, dtypes = _KINDS[key]
+    dense = isinstance(values, Tensor) and values.layout == torch.strided and not values.is_nested
+    if not dense or (values.numel() and values.dtype not in dtypes):
+        raise TypeError(f"{field}: expected {kind} tensor, got {_kind(values)}")
 
 
-def check_setting(tau: float, max_detections: int) -> None:
-    """Raises ValueError if `match_detections` cannot take them."""
-    if not 0 <= tau < 1:
-        raise ValueError(f"tau: expected a number in [0, 1), got {tau}")
-    if max_detections < 1:
-        raise ValueError(f"max_detections: expected at least 1, got {max_detections}")
+def _check_values(found: Detections, truths: Truths, crowds: Tensor) -> None:
+    """Raises ValueError, by image and box, for numbers that mean nothing; waits for the device."""
+    finite, corners = "finite numbers up to 2^500", "corners with x1 <= x2 and y1 <= y2"
+    wrong = [
+        ("preds", "boxes", finite, found.boxes, ~_are_finite(found.boxes)),
+        ("preds", "scores", "a number", found.scores, found.scores.isnan()),
+        ("target", "boxes", finite, truths.boxes, ~_are_finite(truths.boxes)),
+        ("target", "boxes", corners, truths.boxes, _are_inside_out(truths.boxes)),
+        ("target", "iscrowd", "0 or 1", crowds, (crowds != 0) & (crowds != 1)),
+        ("target", "area", "a finite number, not negative", truths.areas, ~_are_areas(truths)),
+    ]
+    if not torch.cat([rows for *_, rows in wrong]).any():
+        return
+    for name, key, expected, values, rows in wrong:
+        at = rows.nonzero().flatten().tolist()
+        if at:
+            ends = (found if name == "preds" else truths).counts.cumsum(0)
+            image = int((ends <= at[0]).sum())
+            box = at[0] - int(ends[image - 1]) * (image > 0)
+            raise ValueError(
+                f"{name}[{image}][{key!r}]: expected {expected}, got {values[at[0]].tolist()} "
+                f"for box {box}"
+            )
 
 
-def check_area(name: str, area: tuple[float, float]) -> None:
-    """Raises ValueError if it is not a range."""
-    if len(area) != 2 or not 0 <= area[0] <= area[1]:
-        raise ValueError(f"{name}: expected 0 <= least <= largest, got {area}")
+def _are_finite(boxes: Tensor) -> Tensor:
+    return (boxes.abs() <= LARGEST).all(1)
+
+
+def _are_inside_out(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] < boxes[:, :2]).any(1)
+
+
+def _are_areas(truths: Truths) -> Tensor:
+    return truths.areas.isfinite() & (truths.areas >= 0)
+
+
+def _kind(value: Any) -> str:
+    """What an error says that came."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    return f"a {value.dtype if value.layout == torch.strided else value.layout} tensor"
+
+
+def check_tau(tau: float) -> float:
+    """The IoU as a float. Raises TypeError or ValueError if it is none from which to count."""
+    value = _float("tau", tau, "a number in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"tau: expected a number in [0, 1), got {value}")
+    return value
+
+
+def check_max_detections(number: int) -> int:
+    """The number, up to 2^62. Raises TypeError or ValueError if it is none."""
+    expected = "max_detections: expected an integer of at least 1"
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"{expected}, got {_kind(number)}")
+    if number < 1:
+        raise ValueError(f"{expected}, got {_float('max_detections', number, ''):g}")
+    return min(int(number), 2**62)  # as int64 has it
+
+
+def check_area(name: str, area: tuple[float, float]) -> tuple[float, float]:
+    """The range as floats. Raises TypeError or ValueError if it is none."""
+    expected = "(least, largest) with 0 <= least <= largest"
+    if not isinstance(area, (tuple, list)):
+        raise TypeError(f"{name}: expected {expected}, got {_kind(area)}")
+    if len(area) != 2:
+        raise ValueError(f"{name}: expected {expected}, got {len(area)} entries")
+    least, largest = (_float(name, end, expected) for end in area)
+    if not 0 <= least <= largest:
+        raise ValueError(f"{name}: expected {expected}, got {(least, largest)}")
+    return least, largest
+
+
+def _float(name: str, value: float, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected {expected}, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from .matching import (
     Truths,
     assign,
     check_area,
-    check_images,
-    check_setting,
+    check_max_detections,
+    check_tau,
+    check_tensor,
     find_candidates,
-    gather_detections,
-    gather_truths,
+    gather,
+    home,
+    nothing,
     sort_within,
     starts,
 )
@@ -43,6 +46,12 @@ except (ImportError, RuntimeError):  # RuntimeError: its torchvision is for anot
         def __init__(self) -> None:
             super().__init__()
             self._names: list[str] = []
+            self._device = torch.get_default_device()
+
+        @property
+        def device(self) -> torch.device:
+            """Where the metric was moved."""
+            return self._device
 
         def add_state(self, name: str, default: list, dist_reduce_fx: str) -> None:
             """A list of tensors that updates add to; `dist_reduce_fx` is for many processes."""
@@ -58,24 +67,28 @@ except (ImportError, RuntimeError):  # RuntimeError: its torchvision is for anot
             """Adds a batch and returns the metric of this batch alone."""
             before = {name: getattr(self, name) for name in self._names}
             self.reset()
-            try:
-                self.update(*args, **kwargs)
-                return self.compute()
-            finally:
-                for name, earlier in before.items():
-                    setattr(self, name, earlier + getattr(self, name))
+            self.update(*args, **kwargs)
+            result = self.compute()
+            for name, earlier in before.items():
+                setattr(self, name, earlier + getattr(self, name))
+            return result
+
+        def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+            super()._apply(fn, recurse)
+            self._device = fn(torch.zeros(1, device=self._device)).device
+            return self
 
 
 COCO_AREAS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
 
-# What `LRP` collects, by the names of its states, when there is nothing yet.
-_NOTHING = {
-    f"{kind}_{field}": none
-    for kind, empty in (("detection", gather_detections([])), ("truth", gather_truths([])))
-    for field, none in empty._asdict().items()
-}
+# What `LRP` collects, by the names of its states.
+_STATES = (
+    *(f"detection_{field}" for field in Detections._fields),
+    *(f"truth_{field}" for field in Truths._fields),
+)
 
 _MEASURES = ("olrp", "olrp_loc", "olrp_fp", "olrp_fn")
+_RESULTS = ("thresholds", *_MEASURES, *(f"{measure}_per_class" for measure in _MEASURES))
 
 
 class LRP(Metric):
@@ -95,16 +108,26 @@ class LRP(Metric):
 
     What is true or false is decided as COCO does, see `match_detections`.
 
+    A threshold keeps all detections that score the same, as Eq. 6 says. The authors' code goes
+    detection by detection and may stop between two of equal score: where 101 detections score 1
+    and the first alone is true, with IoU 17/32, its oLRP at tau 0.5 is 0.9375, and this one is
+    (100 + 0.9375) / 101 = 0.9994. Scores of 16 bits are equal more often than those that they were
+    rounded from.
+
     With torchmetrics installed this is a `torchmetrics.Metric`: for a `MetricCollection`, and over
     all ranks of a distributed evaluation. Without, it has `update`, `compute`, `reset` and the call
     that does both for a batch, for a single process.
-    Detections are kept (in float64, on the device they came on) until `reset()`.
+    Detections are kept until `reset()`, in float64 on the metric's device, whatever device they
+    come on and whatever dtype the metric is cast to. That device is the CPU until `.to(device)`,
+    and for MPS, which lacks float64, stays it. Under NCCL it has to be each rank's GPU.
+    An update or a call that raises leaves all as it was.
 
     Args:
         tau: the IoU from which a detection counts as true, in [0, 1).
         max_detections: only so many detections of an image and class count, the highest scored.
         areas: further ranges of areas to report, name: (least, largest) in squares of the boxes'
-            unit; `COCO_AREAS` has COCO's small, medium and large.
+            unit; `COCO_AREAS` has COCO's small, medium and large. The names are identifiers with
+            which no two results are called the same ("loc" is none: there is an "olrp_loc").
 
     Returns:
         from `compute()`, a dict of float64 tensors: "olrp", "olrp_loc", "olrp_fp", "olrp_fn" ();
@@ -115,8 +138,7 @@ class LRP(Metric):
         class has ground truth.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; from
-            `compute()`, for boxes and scores that are NaN, and boxes that are infinite.
+        TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
         >>> metric = LRP(tau=0.5)
@@ -135,7 +157,6 @@ class LRP(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
-    detection_counts: list[Tensor]
 
     def __init__(
         self,
@@ -144,14 +165,13 @@ class LRP(Metric):
         areas: Mapping[str, tuple[float, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_setting(tau, max_detections)
-        for name, area in (areas or {}).items():
-            check_area(f"areas[{name!r}]", area)
+        tau, max_detections = check_tau(tau), check_max_detections(max_detections)
+        areas = _check_areas(areas)
         super().__init__(**kwargs)
         self.tau = tau
         self.max_detections = max_detections
-        self.areas = dict(areas or {})
-        for name in _NOTHING:
+        self.areas = areas
+        for name in _STATES:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, preds: Sequence[Image], target: Sequence[Image]) -> None:
@@ -160,31 +180,49 @@ class LRP(Metric):
         Each image once, with all that was found in it, also those in which nothing was: what they
         have is missed, and counts.
         """
-        check_images(preds, target)
-        self._append((*gather_detections(preds), *gather_truths(target)))
+        found, truths = gather(preds, target, home(self.device))
+        self._append((*found, *truths))
 
     def compute(self) -> dict[str, Tensor]:
         """The metric over all images since the last `reset()`: see Returns of the class."""
-        states = [_joined(getattr(self, name), none) for name, none in _NOTHING.items()]
+        empty = [none for part in nothing(home(self.device)) for none in part]
+        states = [_joined(*pair) for pair in zip(self._states().values(), empty, strict=True)]
         found = Detections(*states[: len(Detections._fields)])
         truths = Truths(*states[len(Detections._fields) :])
         candidates = find_candidates(found, truths, self.tau, self.max_detections)
         classes = torch.cat([found.labels, truths.labels]).unique()
-        result = {}
+        result: dict[str, Tensor] = {}
         for name, area in {"": (0.0, math.inf), **self.areas}.items():
-            by_class = optimal_lrp(assign(candidates, area), classes, self.tau)
-            suffix = f"_{name}" if name else ""
-            result[f"thresholds{suffix}"] = by_class["thresholds"]
+            values = optimal_lrp(assign(candidates, area), classes, self.tau)
             for measure in _MEASURES:
-                result[f"{measure}{suffix}"] = by_class[measure].nanmean()
-                result[f"{measure}_per_class{suffix}"] = by_class[measure]
+                values[f"{measure}_per_class"] = values[measure]
+                values[measure] = values[measure].nanmean()
+            result |= {_result_name(kind, name): values[kind] for kind in _RESULTS}
         return {**result, "classes": classes}
+
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Adds a batch and returns the metric of this batch alone."""
+        with self._unchanged_by_errors():
+            return super().forward(*args, **kwargs)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gathers the images of all ranks (torchmetrics), also where this one has none."""
-        if len(self.detection_counts) == 0:
-            self._append(none.to(self.device) for none in _NOTHING.values())
+        if all(isinstance(parts, list) and not parts for parts in self._states().values()):
+            found, truths = nothing(home(self.device))
+            self._append((*found, *truths))
         super().sync(*args, **kwargs)
+
+    def merge_state(self, *args: Any, **kwargs: Any) -> None:
+        """Adds the images of another metric (torchmetrics), of any device."""
+        with self._unchanged_by_errors():
+            super().merge_state(*args, **kwargs)
+            self._place(self._states())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Moves what is loaded, if torchmetrics was told to save the states, to the metric."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._place(self._states())
 
     def _wrap_compute(self, compute: Callable) -> Callable:
         """Keeps (1,) for a single class, of which torchmetrics would make ()."""
@@ -193,14 +231,80 @@ class LRP(Metric):
         @functools.wraps(compute)
         def shaped() -> dict[str, Tensor]:
             result = wrapped()
-            means = (*_MEASURES, *(f"{m}_{name}" for m in _MEASURES for name in self.areas))
+            means = {_result_name(m, name) for m in _MEASURES for name in ("", *self.areas)}
             return {k: v if k in means else v.reshape(-1) for k, v in result.items()}
 
         return shaped
 
+    def _apply(self, fn: Callable, *_: Any, **__: Any) -> LRP:
+        """Moves the states along, but casts none: float64 is what the sums are exact in."""
+        states = self._states()
+        with self._unchanged_by_errors():
+            self._place(dict.fromkeys(states, ()))
+            self._computed = None  # or torchmetrics casts it
+            super()._apply(fn)  # not `recurse`, which torchmetrics does not know
+            self._place(states)
+        return self
+
+    def _states(self) -> dict[str, Any]:
+        """Lists of tensors, or one tensor each after torchmetrics gathered them."""
+        return {name: getattr(self, name) for name in _STATES}
+
     def _append(self, states: Iterable[Tensor]) -> None:
-        for name, values in zip(_NOTHING, states, strict=True):
-            getattr(self, name).append(values)
+        for parts, values in zip(self._states().values(), states, strict=True):
+            parts.append(values)
+
+    def _place(self, states: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+        """Takes these for its states, moved to where the metric is."""
+        device = home(self.device)
+        for name, parts in states.items():
+            if isinstance(parts, Tensor):
+                setattr(self, name, parts.to(device))
+            else:
+                setattr(self, name, [part.to(device) for part in parts])
+
+    @contextlib.contextmanager
+    def _unchanged_by_errors(self) -> Iterator[None]:
+        # torchmetrics empties lists in place, which the metrics of a collection share, and changes
+        # settings of its own for the while.
+        before = dict(vars(self))
+        lists = [(value, [*value]) for value in before.values() if isinstance(value, list)]
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            for value, items in lists:
+                value[:] = items
+            raise
+
+
+def _check_areas(areas: Any) -> dict[str, tuple[float, float]]:
+    """The ranges of areas by name. Raises TypeError or ValueError, also where results clash."""
+    expected = "areas: expected a dict of name: (least, largest)"
+    if areas is None:
+        return {}
+    if not isinstance(areas, Mapping):
+        raise TypeError(f"{expected}, got {type(areas).__name__}")
+    names = {_result_name(kind, ""): "" for kind in _RESULTS}
+    for area in areas:
+        if not isinstance(area, str):
+            raise TypeError(f"{expected}, got a name that is {type(area).__name__}")
+        if not area.isidentifier():
+            raise ValueError(f"{expected}, the names identifiers, got {area!r}")
+        for kind in _RESULTS:
+            name = _result_name(kind, area)
+            if name in names:
+                other = f"that of {names[name]!r}" if names[name] else "over all areas"
+                raise ValueError(
+                    f"areas[{area!r}]: expected a name that gives results names of their own, "
+                    f"got {name!r}, which is also a result {other}"
+                )
+            names[name] = area
+    return {name: check_area(f"areas[{name!r}]", area) for name, area in areas.items()}
+
+
+def _result_name(kind: str, area: str) -> str:
+    return f"{kind}_{area}" if area else kind
 
 
 def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tensor]:
@@ -245,11 +349,10 @@ def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tens
     }
 
 
-def _joined(parts: Tensor | list[Tensor], nothing: Tensor) -> Tensor:
-    """A state is a list of tensors, or one tensor after torchmetrics gathered it."""
+def _joined(parts: Tensor | list[Tensor], empty: Tensor) -> Tensor:
     if isinstance(parts, Tensor):
         return parts
-    return torch.cat(parts) if parts else nothing
+    return torch.cat(parts) if parts else empty
 
 
 def _cumsum_within(values: Tensor, groups: Tensor) -> Tensor:
@@ -267,7 +370,7 @@ def score_iou_correlation(scores: Tensor, ious: Tensor, labels: Tensor | None = 
     here.
 
     Args:
-        scores: (T,) scores of the true positives, or logits.
+        scores: (T,) scores of the true positives, or logits; infinite ones are ranked as such.
         ious: (T,) their IoUs with the ground truth that they match.
         labels: (T,) integer classes, over which the mean is taken; None for a single class.
 
@@ -292,8 +395,11 @@ def score_iou_correlation(scores: Tensor, ious: Tensor, labels: Tensor | None = 
     classes, num_classes = _check_scored(scores, ious, labels)
     a, b = (_centred_ranks(values, classes, num_classes) for values in (scores, ious))
     zeros = torch.zeros(num_classes, dtype=torch.int64, device=scores.device)
+    # In two parts, since the sum of the squares of 3 million ranks passes 2^63.
     products, squares, other_squares = (
-        zeros.index_add(0, classes, product).double() for product in (a * b, a * a, b * b)
+        zeros.index_add(0, classes, product >> 20).double() * 2.0**20
+        + zeros.index_add(0, classes, product & (2**20 - 1)).double()
+        for product in (a * b, a * a, b * b)
     )
     spread = (squares * other_squares).sqrt()
     return (products / spread).where(spread > 0, math.nan).nanmean()
@@ -307,7 +413,9 @@ def upper_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = Non
     as long as the detections are not matched anew (two of one object may then change roles).
 
     Args:
-        scores, ious, labels: (T,) as in `score_iou_correlation`.
+        scores: (T,) as in `score_iou_correlation`, as are the next two.
+        ious: (T,) of the same detections.
+        labels: (T,) their classes; None if there is but one.
 
     Returns:
         (T,) scores, of the dtype of `scores`; of equal IoUs the former gets the higher score.
@@ -362,20 +470,18 @@ def _centred_ranks(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 def _check_scored(scores: Tensor, ious: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
     """The index of each class among those that occur, and their number; checks all three."""
-    for name, values in (("scores", scores), ("ious", ious), ("labels", labels)):
-        if name == "labels" and values is None:
-            continue
-        floating = name != "labels"
-        if not isinstance(values, Tensor) or values.is_floating_point() != floating:
-            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-            kind = "a floating tensor" if floating else "an integer tensor"
-            raise TypeError(f"{name}: expected {kind}, got {got}")
+    given = {"scores": scores, "ious": ious} | ({} if labels is None else {"labels": labels})
+    for name, values in given.items():
+        kind = "labels" if name == "labels" else "scores"
+        check_tensor(name, values, kind)
         expected = "(T,)" if name == "scores" else f"{tuple(scores.shape)} like scores"
         if values.dim() != 1 or values.shape != scores.shape:
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(values.shape)}")
         if values.device != scores.device:
             raise ValueError(f"{name}: expected on {scores.device}, got {values.device}")
-        if floating and values.isnan().any():
+        if values.is_meta:
+            raise ValueError(f"{name}: expected on a device that holds numbers, got meta")
+        if kind == "scores" and values.isnan().any():
             raise ValueError(f"{name}: expected numbers, got NaN")
     if labels is None:
         return torch.zeros_like(scores, dtype=torch.int64), 1

@@ -10,153 +10,29 @@ skewed error distribution; `box_errors` and `box_gradient` are the Triton path o
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
-import os
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, library
 
-from .kernels.tuned import costs_for
-from .reference import breakpoints, layout, pairwise, skewed, sorting
-
-IMPLS = ("auto", "triton", "torch")
-ALGORITHMS = ("auto", "pairwise", "breakpoints")
-
-_program = {"impl": "auto", "algorithm": "auto"}
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-_HAS_TRITON = _installed("triton")  # found, not imported: the torch path does without it
-_OLDEST_TRITON = 3, 6  # that the kernels are written for
-_OLDEST_INTERPRETER = 3, 8  # older ones take NaN for the larger number, which no GPU does
-
-
-def _is_too_old(package: str, oldest: tuple[int, int]) -> bool:
-    """Whether the installed one is older; not if nobody knows its version."""
-    try:
-        major, minor = importlib.metadata.version(package).split(".")[:2]
-        return (int(major), int(minor)) < oldest
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return False
-
-
-# The one that torch 2.6 brings is 3.2.
-_CHOOSES_TRITON = _HAS_TRITON and not _is_too_old("triton", _OLDEST_TRITON)
-_INTERPRETS = _HAS_TRITON and not _is_too_old("triton", _OLDEST_INTERPRETER)
-
-
-def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
-    """Sets what "auto" means, once for a program.
-
-    Args:
-        impl: "torch" (any device), "triton" (CUDA or ROCm tensors), or "auto" to choose by the
-            tensor's device (with a Triton older than 3.6 always "torch").
-        algorithm: "pairwise" (every positive with every negative), "breakpoints" (sorted
-            breakpoints), or "auto" to choose by the number of positives and logits.
-
-    Raises:
-        ValueError: if a name is none of these.
-
-    Both are set: one that is left out goes back to "auto". An `impl` or `algorithm` other than
-    "auto" that is given to a loss wins over this setting. What is asked for by name and cannot run
-    raises at the call; only "auto" chooses.
-
-    Example:
-        >>> set_backend(impl="torch")
-        >>> set_backend()  # back to choosing
-    """
-    check_backend(impl, algorithm)
-    _program.update(impl=impl, algorithm=algorithm)
-
-
-def check_backend(impl: str, algorithm: str) -> None:
-    """Raises ValueError if a name is unknown."""
-    for name, given, known in (("impl", impl, IMPLS), ("algorithm", algorithm, ALGORITHMS)):
-        if given not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {given!r}")
-
-
-def choose_impl(impl: str, device: torch.device) -> str:
-    """The backend, "triton" or "torch", for tensors on `device`.
-
-    Only "auto" looks at the device. What is asked for by name stays so: `load_kernels` raises if it
-    cannot run.
-    """
-    impl = of_program("impl", impl)
-    if impl == "auto":
-        return "triton" if _CHOOSES_TRITON and device.type == "cuda" else "torch"
-    return impl
-
-
-def load_kernels(name: str, device: torch.device) -> ModuleType:
-    """The module `name` of `alrp_triton.kernels`; triton is imported here and nowhere else.
-
-    Raises:
-        RuntimeError: if its kernels cannot run on tensors of `device`.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    if not _HAS_TRITON:
-        raise RuntimeError("impl='triton': triton is not installed; use 'torch' or 'auto'")
-    if interpreted and not _INTERPRETS:
-        raise RuntimeError(
-            "impl='triton': expected Triton 3.8 or later under TRITON_INTERPRET=1, got "
-            f"{importlib.metadata.version('triton')}; use 'torch' or 'auto'"
-        )
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
-        raise RuntimeError(
-            f"impl='triton': expected tensors on a CUDA or ROCm device, got {device}; use 'torch' "
-            "or 'auto' (CPU tensors run in Triton's interpreter, under TRITON_INTERPRET=1)"
-        )
-    return importlib.import_module(f".kernels.{name}", __package__)
-
-
-def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) -> ModuleType:
-    """The module whose `count` and `gradient` run; the choice is made here and nowhere else.
-
-    In torch, "auto" is breakpoints, whose cost hardly grows with the positives. The kernels have
-    both: pairwise is cheaper where there are few positives or few logits (`kernels.costs`).
-
-    Raises:
-        RuntimeError: if what is asked for by name cannot run on the device of the scores.
-    """
-    algorithm = of_program("algorithm", algorithm)
-    if choose_impl(impl, scores.device) == "torch":
-        return pairwise if algorithm == "pairwise" else breakpoints
-    if algorithm == "auto":
-        dtype = logits[0].dtype if logits else scores.dtype
-        number = sum(level.numel() for level in logits)
-        algorithm = costs_for(scores.device, dtype).choose(scores.numel(), number)
-    return load_kernels(algorithm, scores.device)
-
-
-def of_program(name: str, given: str) -> str:
-    """What was asked for, in the call or else for the whole program."""
-    return _program[name] if given == "auto" else given
-
+from .backend import choose_impl, load_kernels, select
+from .reference import layout, rank_sort, skewed
 
 _library = library.Library("alrp_triton", "DEF")
 _library.define(
     "locate(Tensor[] logits, Tensor[] targets, Tensor? positives, SymInt size, bool exact, "
-    "int ignore_index, str impl) -> (Tensor, Tensor)"
+    "SymInt ignore_index, str impl, "
+    "str name='loc_errors') -> (Tensor, Tensor)"
 )
 _library.define(
     "count(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor values, float delta, "
-    "int ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
+    "SymInt ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, Tensor weights, "
-    "Tensor own, float delta, int ignore_index, str impl, str algorithm, Tensor[] groups, "
+    "Tensor own, float delta, SymInt ignore_index, str impl, str algorithm, Tensor[] groups, "
     "Tensor? own_groups) -> Tensor[]"
 )
 _library.define(
@@ -169,11 +45,11 @@ _library.define(
 )
 _library.define(
     "skewed_mass(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor powers, float delta, "
-    "int ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
+    "SymInt ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
 )
 _library.define(
     "skewed_gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, "
-    "Tensor weights, Tensor own, Tensor powers, float delta, int ignore_index, str impl, "
+    "Tensor weights, Tensor own, Tensor powers, float delta, SymInt ignore_index, str impl, "
     "Tensor[] groups, Tensor? own_groups) -> Tensor[]"
 )
 _library.define("box_errors(Tensor pred, Tensor target, str kind, float tau) -> Tensor")
@@ -192,11 +68,33 @@ def _locate(
     exact: bool,
     ignore_index: int,
     impl: str,
+    name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
     module = layout
     if choose_impl(impl, logits[0].device) == "triton":
-        module = load_kernels("locate", logits[0].device)
-    return module.locate(logits, targets, positives, size, exact, ignore_index)
+        module = load_kernels("positives", logits[0].device)
+    index, scores = module.locate(logits, targets, positives, size, exact, ignore_index, name)
+    if positives is not None and index.device.type == "cpu":
+        _check_complete(logits, targets, index, ignore_index)
+    return index, scores
+
+
+def _check_complete(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, ignore_index: int
+) -> None:
+    """ValueError unless the positives that were given are all that there are, each once, or none.
+
+    On a CPU alone. On a device it would take a pass over the targets, which is what `positives`
+    saves, and about as many operators as a sort.
+    """
+    given = index[index >= 0]
+    if given.unique().numel() < given.numel():
+        raise ValueError("positives: expected every position once, got one several times")
+    number = layout.count_positives(logits, targets, ignore_index)
+    if given.numel() not in (0, number):
+        raise ValueError(
+            f"positives: expected all {number} positives of targets, got {given.numel()}"
+        )
 
 
 @library.impl(_library, "count", _implement)
@@ -272,11 +170,11 @@ def _sorting_count(
     own_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("sorting", scores.device)
+        kernels = load_kernels("rank_sort", scores.device)
         return kernels.count(scores, quality, values, delta, own_groups)
     valid = scores != -torch.inf
     worse, better, better_values = (torch.zeros_like(values) for _ in range(3))
-    worse[valid], better[valid], better_values[valid] = sorting.count(
+    worse[valid], better[valid], better_values[valid] = rank_sort.count(
         scores[valid], quality[valid], values[valid], delta, _of_valid(own_groups, valid)
     )
     return worse, better, better_values
@@ -292,11 +190,11 @@ def _sorting_gradient(
     own_groups: Tensor | None,
 ) -> Tensor:
     if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("sorting", scores.device)
+        kernels = load_kernels("rank_sort", scores.device)
         return kernels.gradient(scores, quality, weights, delta, own_groups)
     valid = scores != -torch.inf
     passed = torch.zeros_like(weights)
-    passed[valid] = sorting.gradient(
+    passed[valid] = rank_sort.gradient(
         scores[valid], quality[valid], weights[valid], delta, _of_valid(own_groups, valid)
     )
     return passed
@@ -374,7 +272,7 @@ def _box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau
 
 
 @library.register_fake("alrp_triton::locate", lib=_library)
-def _(logits, targets, positives, size, exact, ignore_index, impl):
+def _(logits, targets, positives, size, exact, ignore_index, impl, name="loc_errors"):
     index = targets[0].new_empty((size,), dtype=torch.int64)
     return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
 
@@ -425,6 +323,44 @@ def _(pred, target, kind, tau):
 def _(upstream, pred, target, kind, tau):
     return pred.new_empty(pred.shape)
 
+
+def _unbatched(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss ranks one batch and cannot be mapped over several by torch.vmap: call it "
+        "once for each"
+    )
+
+
+def _one_by_one(name: str) -> Callable[..., tuple[list[Tensor], list[int]]]:
+    """The rule for torch.vmap of an operator that returns a list: calls it once for each entry."""
+    operator = getattr(torch.ops.alrp_triton, name)
+
+    def pick(x: Any, dim: Any, place: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [pick(*pair, place) for pair in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, place)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = [operator(*pick(args, in_dims, place)) for place in range(info.batch_size)]
+        stacked = [torch.stack(levels) for levels in zip(*results, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
+def _one_upstream(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss has one upstream gradient at a time: expected is_grads_batched=False or "
+        "vectorize=False (torch.func.jacrev takes several)"
+    )
+
+
+# Gradients are asked for several at a time by jacobians. "Batched" is the vmap of torch.autograd.
+for _name in ("gradient", "skewed_gradient"):
+    library.register_vmap(f"alrp_triton::{_name}", _one_by_one(_name), lib=_library)
+    library.impl(_library, _name, "Batched")(_one_upstream)
+for _name in ("locate", "count", "sorting_count", "sorting_gradient", "skewed_mass"):
+    library.register_vmap(f"alrp_triton::{_name}", _unbatched, lib=_library)
 
 locate = torch.ops.alrp_triton.locate
 count = torch.ops.alrp_triton.count

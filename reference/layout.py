@@ -20,8 +20,8 @@ CHUNK = 1 << 18
 # too, so that the difference of two scores cannot overflow.
 LARGEST = 2.0**125
 
-# The half-width of the step: 0, or between these. Within them no reciprocal, no sum with a score and
-# no slope overflows or loses itself in any algorithm, on any backend.
+# The half-width of the step: 0, or between these. Within them no reciprocal, no sum with a score
+# and no slope overflows or loses itself in any algorithm, on any backend.
 SMALLEST_DELTA, LARGEST_DELTA = 2.0**-60, 2.0**60
 
 
@@ -30,9 +30,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def finite(scores: Tensor) -> Tensor:
-    """Scores in their compute dtype, with -inf and +inf replaced by -`LARGEST` and `LARGEST`."""
-    return scores.to(compute_dtype(scores.dtype)).clamp(-LARGEST, LARGEST)
+def finite(scores: Tensor, out: Tensor | None = None) -> Tensor:
+    """Scores in their compute dtype, those beyond `LARGEST`, and -inf and +inf, moved there.
+
+    Written to `out` of that dtype, if given.
+    """
+    return torch.clamp(scores.to(compute_dtype(scores.dtype)), -LARGEST, LARGEST, out=out)
 
 
 def is_positive(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -128,6 +131,7 @@ def locate(
     size: int,
     exact: bool,
     ignore_index: int,
+    name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
     """Finds the positives and gathers their scores.
 
@@ -139,6 +143,7 @@ def locate(
         size: length of what is returned.
         exact: whether `size` is the number of positives, or only a bound on it.
         ignore_index: the class index that takes an anchor out.
+        name: of the argument whose length `size` is.
 
     Returns:
         index (size,) int64: positions in the flattened logits of all levels, in the order of the
@@ -149,7 +154,7 @@ def locate(
             asynchronous assertion, and no position is ever read out of bounds.
     """
     if positives is None:
-        positives = _search(logits, targets, size, exact, ignore_index)
+        positives = _search(logits, targets, size, exact, ignore_index, name)
     index = torch.full_like(positives, -1)
     scores = torch.full(
         (size,), -torch.inf, dtype=compute_dtype(logits[0].dtype), device=positives.device
@@ -201,26 +206,41 @@ def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> 
 
 
 def _search(
-    logits: Sequence[Tensor], targets: Sequence[Tensor], size: int, exact: bool, ignore_index: int
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    size: int,
+    exact: bool,
+    ignore_index: int,
+    name: str,
 ) -> Tensor:
     """Positions of the positives in the flattened targets, padded with -1 to `size`."""
     masks = [
         is_positive(level, target, ignore_index).reshape(-1)
         for level, target in zip(logits, targets, strict=True)
     ]
-    message = (
-        f"loc_errors, values, quality or regression_losses: {size} given, but targets has another "
-        "number of positives"
-    )
     if masks[0].device.type == "cpu":
         found = _places(masks)
         number = found.numel()
         if number > size or (exact and number < size):
-            raise ValueError(message)
+            raise ValueError(
+                f"{name}: expected {number} entries, one for each positive in targets, got {size}"
+            )
         return found if number == size else pad(found, (0, size - number), value=-1)
     total = torch.stack([mask.count_nonzero() for mask in masks]).sum()
-    _require(total == size if exact else total <= size, message)
+    _require(
+        total == size if exact else total <= size,
+        f"{name}: expected one entry for each positive in targets, got {size}",
+    )
     return _places_in_slots(masks, size)
+
+
+def count_positives(logits: Sequence[Tensor], targets: Sequence[Tensor], ignore_index: int) -> int:
+    """How many positives the levels have; the host asks the device, for each block."""
+    return sum(
+        int(is_positive(cut, marks, ignore_index).count_nonzero())
+        for level in zip(logits, targets, strict=True)
+        for _, _, cut, marks in blocks(*level)
+    )
 
 
 def _places(masks: Sequence[Tensor]) -> Tensor:

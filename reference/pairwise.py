@@ -14,13 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import (
-    blocks,
-    exclude_non_negatives,
-    finite,
-    over_classes,
-    write_positives,
-)
+from .layout import blocks, exclude_non_negatives, finite, over_classes, write_positives
 
 # Pairs that are evaluated at once: what bounds the memory.
 PAIRS = 1 << 22
@@ -65,9 +59,15 @@ def count(
     Returns:
         Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i}
         H(x_ik) (Eq. 3); S(i) = sum_{k != i} values(k) H(x_ik) (the sum in the numerator of Eq. 10).
+
+    NaN has no place in any order, so it leaves no number standing that a rank is made of: one among
+    the positives makes all three NaN for every positive, one among the negatives every NFP, in all
+    groups alike. What is ignored is no negative.
     """
     nfp = scores.new_zeros(scores.shape, dtype=torch.float64)
+    unranked = unordered = scores.isnan().any()
     for part in negatives_of(logits, targets, ignore_index, groups):
+        unordered = unordered | part.scores.isnan().any()
         for i in chunks(scores, part.scores):
             h = step(part.scores - scores[i, None], delta)
             nfp[i] += within(h, own_groups, i, part.groups).sum(1, dtype=torch.float64)
@@ -78,7 +78,8 @@ def count(
         h.diagonal(i.start).zero_()  # k != i
         rank_positive[i] += h.sum(1)
         value_sum[i] = (h * values.double()).sum(1)
-    return nfp, rank_positive, value_sum
+    nfp.masked_fill_(unordered, torch.nan)
+    return nfp, *(x.masked_fill_(unranked, torch.nan) for x in (rank_positive, value_sum))
 
 
 def gradient(
@@ -96,7 +97,7 @@ def gradient(
     """The gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
 
     Args:
-        logits, targets, scores, delta, ignore_index, groups, own_groups: as in `count`.
+        logits: levels, as in `count`; so is all else that stands there too.
         index: (P,) positions of the positives in the flattened logits of all levels.
         weights: (P,) float64; what positive i lays on a negative j is weights(i) H(x_ij), so
             weights(i) = D(i) / (Z NFP(i)).

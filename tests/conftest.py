@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from alrp_triton import ops
+from alrp_triton import backend
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if not ops._INTERPRETS:
+    if not backend._INTERPRETS:
         sys.modules["triton"] = None  # the tests that need it are skipped
 
 # How many generated cases, and which: the same each time, or new ones from a seed that is printed.

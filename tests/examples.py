@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from alrp_triton.reference import layout
 from torch import Tensor
+
+from alrp_triton.reference import layout
 
 IGNORE = -100
 

@@ -23,6 +23,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alrp_triton import backend
+
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest does
 import hypothesis
 import numpy as np
@@ -36,8 +38,8 @@ from oracle import DOUBLE, Expected, Rounding
 from strategies import SIZES, Case, Description, build, descriptions
 from torch import Tensor
 
-from alrp_triton import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, ops, rank_sort_loss
-from alrp_triton.errors import ndcg_errors
+from alrp_triton import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
+from alrp_triton.loss_terms import ndcg_errors
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 ROADS = (
@@ -49,27 +51,31 @@ ROADS = (
 
 # Sizes in the code, by module, that are lowered so that small cases lie on both sides of them.
 LOWERED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "alrp_triton.reference.edges": {
+    "alrp_triton.reference.breakpoints.sort": {
         "FEW": (1, 24),
         "CELLS": (16, 64),
         "FEWEST_CELLS": (8, 64),
         "SCORES_PER_CELL": (1, 4),
     },
-    "alrp_triton.reference.breakpoints": {"MOST_IN_LANES": (0, 8), "LANES": (2, 4)},
+    "alrp_triton.reference.breakpoints.ranks": {"MOST_IN_LANES": (0, 8), "LANES": (2, 4)},
     "alrp_triton.reference.layout": {"CHUNK": (1, 7, 64)},
-    "alrp_triton.reference.survey": {
+    "alrp_triton.reference.breakpoints.relevant": {
         "SURVEY": (1, 16, 100),
         "SCARCE": (0.0, 0.25, 1.0),
         "MANY": (0.0, 0.05, 1.0),
     },
-    "alrp_triton.reference.lines": {"TABLE": (0, 16)},
+    "alrp_triton.reference.breakpoints.segments": {"TABLE": (0, 16)},
     "alrp_triton.reference.pairwise": {"PAIRS": (1, 10)},
-    "alrp_triton.kernels.edges": {"_SORTED": (4,), "_CELLS": (16,), "_MOST_CELLS": (16,)},
-    "alrp_triton.kernels.locate": {"_BLOCK": (4,), "_STRETCHES": (1, 2)},
-    "alrp_triton.kernels.memory": {"_PIECE": (1, 9)},
-    "alrp_triton.kernels.scan": {"_STRETCH": (4,), "_BEFORE": (2,)},
+    "alrp_triton.kernels.breakpoints.sort": {
+        "_SORTED": (4,),
+        "_CELLS": (16,),
+        "_MOST_CELLS": (16,),
+    },
+    "alrp_triton.kernels.positives": {"_BLOCK": (4,), "_STRETCHES": (1, 2)},
+    "alrp_triton.kernels.breakpoints.dense": {"_PIECE": (1, 9)},
+    "alrp_triton.kernels.breakpoints.scan": {"_STRETCH": (4,), "_BEFORE": (2,)},
     "alrp_triton.kernels.skewed": {"_LANES": (8,), "_PROGRAMS": (1, 4)},
-    "alrp_triton.kernels.sorting": {"_LANES": (8,), "_SURVEYED": (4,)},
+    "alrp_triton.kernels.rank_sort": {"_LANES": (8,), "_SURVEYED": (4,)},
 }
 
 
@@ -363,7 +369,9 @@ def run(minutes: float, first_seed: int, impl: str | None = None) -> dict[str, A
     failures: list[dict[str, Any]] = []
     while time.monotonic() < end:
         for road, (name, kind) in itertools.product(ROADS, KINDS_OF_CASES.items()):
-            runs = impl in (None, road[0]) and (road[0] == "torch" or HAS_GPU or ops._INTERPRETS)
+            runs = impl in (None, road[0]) and (
+                road[0] == "torch" or HAS_GPU or backend._INTERPRETS
+            )
             examples = kind.in_torch if road[0] == "torch" or HAS_GPU else kind.in_triton
             if runs and examples and time.monotonic() < end:
                 _round(road, name, number, examples, end, cases, failures)
@@ -375,7 +383,7 @@ def run(minutes: float, first_seed: int, impl: str | None = None) -> dict[str, A
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": importlib.metadata.version("triton") if ops._HAS_TRITON else None,
+            "triton": importlib.metadata.version("triton") if backend._HAS_TRITON else None,
             "numpy": np.__version__,
             "hypothesis": hypothesis.__version__,
         },

@@ -23,6 +23,7 @@ and `rank_sort_loss`, each class says. Where the published classes fail, these g
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ from alrp_triton.error_driven import (
     rank_positives,
     sort_positives,
 )
-from alrp_triton.errors import (
+from alrp_triton.inputs import check_delta, check_number, check_per_positive, prepare_ranking
+from alrp_triton.loss_terms import (
     Counts,
     Errors,
     SortingCounts,
@@ -44,7 +46,6 @@ from alrp_triton.errors import (
     ap_errors,
     sorting_errors,
 )
-from alrp_triton.inputs import check_per_positive, prepare_ranking
 
 __all__ = ["APLoss", "AP_loss", "RankSort", "aLRPLoss"]
 
@@ -96,6 +97,7 @@ class aLRPLoss:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        eps = _check_eps(eps)
         _check_marks(logits, targets)
         check_per_positive("regression_losses", regression_losses)
         ranking = _find(logits, targets, delta, regression_losses)
@@ -178,7 +180,9 @@ class RankSort:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
+        eps = _check_eps(eps)
         _check_marks(logits, targets)
+        check_delta(delta_RS, "delta_RS")
         targets = targets.detach()
         ranking = _find(logits, torch.where(targets > 0, 1, targets), delta_RS)
         # The logits' positions are those of the targets. Of padding (-1) nobody asks the quality.
@@ -213,6 +217,7 @@ def AP_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         >>> gradient.tolist(), loss.tolist()
         ([0.5, -0.5], [0.5])
     """
+    _check_marks(logits, targets)
     with torch.enable_grad():  # the forward of an autograd function has switched it off
         leaf = logits.detach().requires_grad_()
         loss = APLoss.apply(leaf, targets)
@@ -254,11 +259,23 @@ def _check_marks(logits: Tensor, targets: Tensor) -> None:
     for name, given in (("logits", logits), ("targets", targets)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
+        if given.layout != torch.strided or given.is_nested:
+            layout = "a nested one" if given.is_nested else given.layout
+            raise TypeError(f"{name}: expected a dense tensor, got {layout}")
+    if targets.is_complex():
+        raise TypeError(f"targets: expected real marks, got {targets.dtype}")
     if targets.shape != logits.shape:
         raise ValueError(
             f"targets: expected the shape of logits, {tuple(logits.shape)}, one mark for each, "
             f"got {tuple(targets.shape)}"
         )
+
+
+def _check_eps(eps: float) -> float:
+    number = check_number("eps", eps)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps: expected a number from 0 on, got {number}")
+    return number
 
 
 def _weigh_itself(
@@ -276,7 +293,7 @@ def _weigh_itself(
 
 def _where_above(errors: Errors, above: Tensor, eps: float) -> Errors:
     """No update where what stands above a positive sums to no more than eps; NaN stays."""
-    return errors._replace(error=torch.where(above <= eps, errors.target, errors.error))
+    return errors._replace(error=torch.where(above <= float(eps), errors.target, errors.error))
 
 
 def _interpolated(errors: Errors, ranking: Ranking) -> Errors:

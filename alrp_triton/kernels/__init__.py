@@ -1,6 +1,7 @@
 """The Triton kernels, for CUDA and ROCm tensors; under TRITON_INTERPRET=1 for CPU tensors.
 
-pairwise, breakpoints, sorting and skewed have the functions and arguments of `reference`, locate
-those of `reference.layout`, boxes those of `alrp_triton.boxes`, to which every result is held. The
-rest is what these are made of. Nothing here imports anything of `reference`.
+pairwise, breakpoints, rank_sort and skewed have the functions and arguments of `reference`,
+positives those of `reference.layout`, boxes those of `alrp_triton.boxes`, to which every result is
+held. `strided` reads a level in place, `segments` makes groups ones of sorted scores, `language` is
+what Triton lacks, `tuning` says what block sizes there are. Nothing here imports `reference`.
 """

@@ -1,7 +1,7 @@
 """Localisation errors of P pairs of boxes, and their gradient by one side: one launch for each.
 
 Mirrors `alrp_triton.boxes`, the specification. `_overlap` makes X (IoU, GIoU, DIoU or CIoU) of a
-pair, and the derivatives of X by the areas and sides that it is made of. The forward kernel drops
+pair, and the derivatives of X by the sides and centres that it is made of. The forward kernel drops
 these, the backward kernel hands them on to the corners. X is symmetric in the two boxes, so the
 gradient by the target boxes is the gradient of the swapped call.
 """
@@ -18,7 +18,10 @@ from torch import Tensor
 BLOCK = 64  # pairs in a program: P is small, so they spread over many processors
 WARPS = 1  # on AMD a pair for each thread, on NVIDIA two
 
-NOTHING = tl.constexpr(2.0**-100)  # an area below this is none, see `alrp_triton.boxes.NOTHING`
+NOTHING = tl.constexpr(2.0**-80)  # see `alrp_triton.boxes`
+SMALLEST = tl.constexpr(2.0**-30)
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
 PI = tl.constexpr(math.pi)
 TAN_EIGHTH = tl.constexpr(math.tan(math.pi / 8))
 
@@ -104,8 +107,13 @@ def _errors_kernel(
     inside = pair < num_pairs
     pred_low, pred_high = _load(pred, pair, inside, pred_row, pred_column, COMPUTE)
     target_low, target_high = _load(target, pair, inside, target_row, target_column, COMPUTE)
-    overlap, _, _, _, _, _ = _overlap(pred_low, pred_high, target_low, target_high, KIND)
-    tl.store(out + pair, _quotient(1 - overlap, tl.full([], span, COMPUTE)), mask=inside)
+    broken = _holds_nan(pred_low, pred_high, target_low, target_high)
+    scale = _scale(pred_low, pred_high, target_low, target_high)
+    pred_low, pred_high = pred_low * _both(scale), pred_high * _both(scale)
+    target_low, target_high = target_low * _both(scale), target_high * _both(scale)
+    overlap, _, _, _, _ = _overlap(pred_low, pred_high, target_low, target_high, KIND)
+    error = _quotient(1 - overlap, tl.full([], span, COMPUTE))
+    tl.store(out + pair, tl.where(broken, float("nan"), error), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "upstream", "upstream_stride"])
@@ -129,17 +137,21 @@ def _gradient_kernel(
     inside = pair < num_pairs
     pred_low, pred_high = _load(pred, pair, inside, pred_row, pred_column, COMPUTE)
     target_low, target_high = _load(target, pair, inside, target_row, target_column, COMPUTE)
-    _, by_inter, by_area, by_hull, by_centre, by_size = _overlap(
+    broken = _holds_nan(pred_low, pred_high, target_low, target_high)
+    scale = _scale(pred_low, pred_high, target_low, target_high)
+    pred_low, pred_high = pred_low * _both(scale), pred_high * _both(scale)
+    target_low, target_high = target_low * _both(scale), target_high * _both(scale)
+    _, by_shared, by_size, by_hull, by_centre = _overlap(
         pred_low, pred_high, target_low, target_high, KIND
     )
 
     # From sides to corners: a side is high - low, and max and min share a gradient between equals.
-    inter = tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low)
-    by_inter = tl.where(inter < 0, 0.0, _both(by_inter) * _other(_clamp(inter)))
+    shared = tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low)
+    by_shared = tl.where(shared < 0, 0.0, by_shared)
     size = pred_high - pred_low
-    by_size += tl.where(size < 0, 0.0, _both(by_area) * _other(_clamp(size)))
-    by_low = by_centre - by_size - by_inter * _share(pred_low, target_low)
-    by_high = by_centre + by_size + by_inter * _share(target_high, pred_high)
+    by_size = tl.where(size < 0, 0.0, by_size)
+    by_low = by_centre - by_size - by_shared * _share(pred_low, target_low)
+    by_high = by_centre + by_size + by_shared * _share(target_high, pred_high)
     if KIND != "iou":
         low, high = _ordered(pred_low, pred_high)
         other_low, other_high = _ordered(target_low, target_high)
@@ -148,10 +160,11 @@ def _gradient_kernel(
         by_low += tl.where(size < 0, hull_high, hull_low)
         by_high += tl.where(size < 0, hull_low, hull_high)
 
-    scale = tl.load(upstream + pair * upstream_stride, mask=inside, other=0.0).to(COMPUTE)
-    scale = -_quotient(scale, tl.full([], span, COMPUTE))
-    _store(by_low * _both(scale), out + pair * 4, inside)
-    _store(by_high * _both(scale), out + pair * 4 + 2, inside)
+    factor = tl.load(upstream + pair * upstream_stride, mask=inside, other=0.0).to(COMPUTE)
+    wanted = factor != 0  # or what padding holds would come through, as 0 times NaN
+    factor = tl.where(broken, float("nan"), -_quotient(factor, tl.full([], span, COMPUTE)) * scale)
+    _store(tl.where(_both(wanted), by_low * _both(factor), 0.0), out + pair * 4, inside)
+    _store(tl.where(_both(wanted), by_high * _both(factor), 0.0), out + pair * 4 + 2, inside)
 
 
 @triton.jit
@@ -166,7 +179,45 @@ def _load(boxes, pair, inside, row, column, COMPUTE: tl.constexpr):
     y2 = x2 + column
     low = tl.join(tl.load(x1, mask=inside, other=0.0), tl.load(y1, mask=inside, other=0.0))
     high = tl.join(tl.load(x2, mask=inside, other=0.0), tl.load(y2, mask=inside, other=0.0))
-    return low.to(COMPUTE), high.to(COMPUTE)
+    return _finite(low.to(COMPUTE)), _finite(high.to(COMPUTE))
+
+
+@triton.jit
+def _finite(corner):
+    """An infinity counts as the largest number; NaN stays."""
+    largest = tl.full([], LARGEST_DOUBLE if corner.dtype == tl.float64 else LARGEST, corner.dtype)
+    corner = tl.where(corner > largest, largest, corner)
+    return tl.where(corner < -largest, -largest, corner)
+
+
+@triton.jit
+def _holds_nan(pred_low, pred_high, target_low, target_high):
+    """(BLOCK,) whether any of the eight coordinates is NaN."""
+    found = (pred_low != pred_low) | (pred_high != pred_high)
+    found |= (target_low != target_low) | (target_high != target_high)
+    x, y = tl.split(found.to(tl.int32))
+    return (x | y) != 0
+
+
+@triton.jit
+def _scale(pred_low, pred_high, target_low, target_high):
+    """(BLOCK,) what brings the largest coordinate of a pair into [2, 4), a power of 2."""
+    extent = tl.maximum(tl.abs(pred_low), tl.abs(pred_high))
+    extent = tl.maximum(extent, tl.maximum(tl.abs(target_low), tl.abs(target_high)))
+    x, y = tl.split(extent)
+    extent = tl.maximum(x, y)
+    return _per_power(tl.where(extent > SMALLEST, extent, SMALLEST))  # also for NaN
+
+
+@triton.jit
+def _per_power(x):
+    """2 / the largest power of 2 that x reaches."""
+    if x.dtype == tl.float64:
+        exponent = tl.full([], 0x7FF << 52, tl.int64)
+        return (exponent - (x.to(tl.int64, bitcast=True) & exponent)).to(tl.float64, bitcast=True)
+    else:
+        exponent = tl.full([], 0xFF << 23, tl.int32)
+        return (exponent - (x.to(tl.int32, bitcast=True) & exponent)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -180,51 +231,56 @@ def _store(corner, out, inside):
 
 @triton.jit
 def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
-    """X of each pair, and its derivatives.
+    """X of each pair (BLOCK,), and its derivatives (BLOCK, 2).
 
-    By the areas of the intersection and of pred, (BLOCK,); by the sides of the hull, by either
-    corner through the distance of the centres, and by the sides of pred through their ratio,
-    (BLOCK, 2). The union and the hull are worked into these.
+    By the sides of the intersection, of pred, and of the hull, and by either corner of pred through
+    the distance of the centres. The union is worked into these.
     """
-    inter = _area(tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low))
-    union = _area(pred_high - pred_low) + _area(target_high - target_low) - inter
-    iou = _divide(inter, union)
-    per_union = _divide(1.0, union)
-    by_inter, by_area = (1 + iou) * per_union, -iou * per_union
-    overlap = iou
+    shared = _clamp(tl.minimum(pred_high, target_high) - tl.maximum(pred_low, target_low))
+    size, other_size = _clamp(pred_high - pred_low), _clamp(target_high - target_low)
+    inter = _area(shared)
+    union = _area(size) + _area(other_size) - inter
     by_hull = tl.zeros_like(pred_low)
     by_centre = tl.zeros_like(pred_low)
-    by_size = tl.zeros_like(pred_low)
     if KIND != "iou":
         low, high = _ordered(pred_low, pred_high)
         other_low, other_high = _ordered(target_low, target_high)
         sides = tl.maximum(high, other_high) - tl.minimum(low, other_low)
-        if KIND == "giou":
-            hull = _area(sides)
-            overlap -= _divide(hull - union, hull)
-            per_hull = _divide(1.0, hull)
-            by_inter -= per_hull
-            by_area += per_hull
-            by_hull = -_both(_divide(union, hull) * per_hull) * _other(sides)
-        else:
-            centres = ((pred_low + pred_high) - (target_low + target_high)) / 2
-            diagonal = _sum(sides * sides)
-            distance = _divide(_sum(centres * centres), diagonal)
-            overlap -= distance
-            per_diagonal = _both(_divide(1.0, diagonal))
-            by_hull = 2 * _both(distance) * per_diagonal * sides
-            by_centre = -per_diagonal * centres
+    on_line = False
+    if KIND == "giou":
+        hull = _area(sides)
+        on_line = hull < NOTHING  # both boxes, so that lengths take the place of areas
+        union = tl.where(on_line, _sum(size) + _sum(other_size) - _sum(shared), union)
+        hull = tl.where(on_line, _sum(sides), hull)
+    iou = _divide(inter, union)
+    per_union = _divide(1.0, union)
+    overlap = iou
+    by_union = -iou * per_union
+    if KIND == "giou":
+        overlap -= _divide(hull - union, hull)
+        per_hull = _divide(1.0, hull)
+        by_union += per_hull
+        by_hull = -_both(_divide(union, hull) * per_hull) * _by_sides(sides, on_line)
+    by_size = _both(by_union) * _by_sides(size, on_line)
+    by_shared = _both(per_union) * _other(shared) - _both(by_union) * _by_sides(shared, on_line)
+    if KIND == "diou" or KIND == "ciou":
+        centres = ((pred_low - target_low) + (pred_high - target_high)) / 2
+        diagonal = _sum(sides * sides)
+        distance = _divide(_sum(centres * centres), diagonal)
+        overlap -= distance
+        per_diagonal = _both(_divide(1.0, diagonal))
+        by_hull = 2 * _both(distance) * per_diagonal * sides
+        by_centre = -per_diagonal * centres
     if KIND == "ciou":
-        size, empty = _sides(pred_low, pred_high)
-        other_size, _ = _sides(target_low, target_high)
-        turn = _angle(other_size) - _angle(size)
+        angle, by_width, by_height = _angle(size)
+        other_angle, _, _ = _angle(other_size)
+        turn = other_angle - angle
         shape = 4 / (PI * PI) * turn * turn
         alpha = _divide(shape, _clamp(1 - iou) + shape)
         overlap -= alpha * shape
-        width, height = tl.split(size)
-        slope = alpha * (8 / (PI * PI)) * turn / (width * width + height * height)
-        by_size = tl.where(_both(empty), 0.0, tl.join(slope * height, -slope * width))
-    return overlap, by_inter, by_area, by_hull, by_centre, by_size
+        slope = alpha * (8 / (PI * PI)) * turn
+        by_size += tl.join(slope * by_width, slope * by_height)
+    return overlap, by_shared, by_size, by_hull, by_centre
 
 
 @triton.jit
@@ -240,8 +296,8 @@ def _clamp(size):
 
 
 @triton.jit
-def _area(size):
-    width, height = tl.split(_clamp(size))
+def _area(sides):
+    width, height = tl.split(sides)
     return width * height
 
 
@@ -256,6 +312,12 @@ def _other(sides):
     """The derivative of an area by its sides: each by the other one."""
     width, height = tl.split(sides)
     return tl.join(height, width)
+
+
+@triton.jit
+def _by_sides(sides, on_line):
+    """The derivative, by its sides, of an area, or on a line of a length."""
+    return tl.where(_both(on_line), 1.0, _other(sides))
 
 
 @triton.jit
@@ -285,22 +347,20 @@ def _share(a, b):
 
 
 @triton.jit
-def _sides(low, high):
-    """Width and height of a box, 0 and 1 where it is empty, and where that is."""
-    empty = _area(high - low) < NOTHING
-    width, height = tl.split(high - low)
-    return tl.join(tl.where(empty, 0.0, width), tl.where(empty, 1.0, height)), empty
-
-
-@triton.jit
 def _angle(size):
-    """arctan(width / height), for positive heights.
+    """arctan(width / height) in [0, pi / 2], and its derivatives by both; 0, 0, 0 for a point.
 
-    Reduced to |t| <= tan(pi / 8), where the first left-out term of the Taylor series is
+    In units of the longer side, or the square of a short one would vanish. Reduced to
+    |t| <= tan(pi / 8), where the first left-out term of the Taylor series is
     t^(2 TERMS) / (2 TERMS + 1): 1e-9 and 6e-19. (The interpreter has no atan2.)
     """
-    width, height = tl.split(size)
     TERMS: tl.constexpr = 22 if size.dtype == tl.float64 else 10
+    width, height = tl.split(size)
+    longest = tl.maximum(width, height)
+    point = longest < NOTHING
+    scale = _per_power(tl.where(point, 1.0, longest))
+    width, height = tl.where(point, 0.0, width * scale), tl.where(point, 1.0, height * scale)
+    per_square = tl.where(point, 0.0, scale / (width * width + height * height))
     short, long = tl.minimum(width, height), tl.maximum(width, height)
     steep = short > long * TAN_EIGHTH  # arctan(r) = pi / 4 + arctan((r - 1) / (r + 1))
     t = _quotient(tl.where(steep, short - long, short), tl.where(steep, short + long, long))
@@ -309,4 +369,5 @@ def _angle(size):
         series = 1 / (2 * (TERMS - term) - 1) - series * t * t
     angle = series * t
     angle = tl.where(steep, PI / 4 + angle, angle)
-    return tl.where(width > height, PI / 2 - angle, angle)
+    angle = tl.where(width > height, PI / 2 - angle, angle)
+    return angle, per_square * height, -per_square * width

@@ -14,7 +14,8 @@ is as good as float32 allows, at three instructions a pair with the sum. The oth
 
 takes two, and rounds 1/2 - s_i scale: an error of half a unit in the last place of that number. A
 block of positives takes it where |s_i| scale <= FAST_RANGE in the whole block, so that the error
-stays below 2.4e-7, and the difference elsewhere (small delta, large scores; float64 always).
+stays below 2.4e-7, and the difference elsewhere (small delta, large scores, one of delta exactly;
+float64 always).
 
 Sums run in float32 over a bounded number of terms, then in float64, always in the same order:
 results repeat bit by bit, whatever the number of programs. Nothing waits for the device: how many
@@ -31,21 +32,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .groups import Lines, by_level, lines_of
-from .levels import (
-    bits_of,
-    jit,
-    lay_out,
-    nan_maximum,
-    offset_of,
-    origin_of,
-    read_groups,
-    read_logits,
-    real,
-    write_own,
-)
-from .tiles import Tiles
-from .tuned import tiles_for
+from .language import bits_of, jit, nan_maximum, real
+from .positives import write_own
+from .segments import Lines, by_level, lines_of
+from .strided import lay_out, offset_of, origin_of, read_groups, read_logits
+from .tuning.block_sizes import Tiles
+from .tuning.files import tiles_for
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
@@ -107,9 +99,12 @@ def _prepare_kernel(
 
     # 1. Two instructions a pair, or three.
     reach = tl.max(tl.where(valid, tl.abs(s), 0.0), 0) * scale
-    mode = tl.where((reach <= FAST_RANGE) & (not HARD) & (s.dtype == tl.float32), _FAST, _EXACT)
+    shift = (0.5 - s.to(tl.float64) * scale.to(tl.float64)).to(s.dtype)
+    # A shift of 0 would keep an H as small as a logit may be, and its reciprocal would overflow.
+    fast = (reach <= FAST_RANGE) & (tl.min(tl.where(valid, tl.abs(shift), 1.0), 0) > 0.0)
+    mode = tl.where(fast & (not HARD) & (s.dtype == tl.float32), _FAST, _EXACT)
     mode = tl.where(tl.max((valid & (place >= FEW)).to(tl.int32), 0) > 0, mode, _FEW)
-    shift = tl.where(mode == _FAST, (0.5 - s.to(tl.float64) * scale.to(tl.float64)).to(s.dtype), s)
+    shift = tl.where(mode == _FAST, shift, s)
     # Padding has H = 0 with every logit.
     nothing = tl.where(mode == _FAST, float("-inf"), float("inf"))
     tl.store(table + i, tl.where(valid, shift, nothing))

@@ -14,18 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .levels import (
-    bits_of,
-    jit,
-    lay_out,
-    offset_of,
-    origin_of,
-    read_groups,
-    read_logits,
-    real,
-    write_own,
-)
+from .language import bits_of, jit, real
 from .pairwise import step
+from .positives import write_own
+from .strided import lay_out, offset_of, origin_of, read_groups, read_logits
 
 _BLOCK = 1  # positives that meet a tile at once: with more, some compilers spill registers
 _LANES = 128  # logits of a tile

@@ -1,0 +1,202 @@
+"""A level as it lies in memory: tiles of logits, blocks of anchors, and the bits of 16-bit logits.
+
+What reads a level in this way needs no strides and no division, but does not know what a logit is.
+Where class indices tell, that is found out for the few that matter, anchor by anchor.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..language import divide, magic_of
+from ..strided import is_dense, origin_of
+
+PATTERNS = 1 << 16  # of the bits of 16-bit logits
+
+_LONGEST = 1 << 30  # axis along which a place can be told from a number
+_PIECE = 1 << 22  # logits that are copied at a time where they do not fill their memory
+_WARPS = 4  # of a program that walks over anchors
+
+
+@triton.jit
+def read_tile(values, tile, size, other, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
+    """A tile of values as they lie in memory, and how many of them are behind the end: `other`.
+
+    It is a vector: as a matrix, Triton 3.6 deals it out so that neighbouring threads stand apart.
+    ALIGNED: the values begin at a multiple of 16 bytes, and may be read so many at a time.
+    """
+    start = tl.cast(tile, tl.int64) * NUMBER
+    values += start
+    if ALIGNED:
+        values = tl.multiple_of(values, 16)
+    local = tl.arange(0, NUMBER)
+    behind = tl.maximum(start + NUMBER - size, 0).to(tl.int32)
+    if behind == 0:
+        read = tl.load(values + local)
+    else:
+        read = tl.load(values + local, mask=local < NUMBER - behind, other=other)
+    return read, behind
+
+
+@triton.jit
+def write_tile(values, tile, behind, written, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
+    """Writes a tile where `read_tile` has read one."""
+    values += tl.cast(tile, tl.int64) * NUMBER
+    if ALIGNED:
+        values = tl.multiple_of(values, 16)
+    local = tl.arange(0, NUMBER)
+    if behind == 0:
+        tl.store(values + local, written)
+    else:
+        tl.store(values + local, written, mask=local < NUMBER - behind)
+
+
+@triton.jit
+def line_of_tile(lines, tile, size, NUMBER: tl.constexpr):
+    """Whether a tile lies on one line as a whole; the line of its first logit, and where that is.
+
+    It does wherever the line cannot change between its first logit and its last: along an axis of
+    stride 0, as everywhere in an image, or where both have the same place.
+    """
+    values, strides, sizes = lines
+    start = tl.cast(tile, tl.int64) * NUMBER
+    outer, middle, inner = origin_of(start, sizes[0], sizes[1])
+    rest = tl.minimum(start + NUMBER, size) - 1 - outer * sizes[0] * sizes[1]
+    same_outer = rest < tl.cast(sizes[0], tl.int64) * sizes[1]
+    same_middle = rest < (tl.cast(middle, tl.int64) + 1) * sizes[1]
+    alone = (same_outer | (strides[0] == 0)) & (same_middle | (strides[1] == 0)) & (strides[2] == 0)
+    line = tl.load(values + outer * strides[0] + middle * strides[1] + inner * strides[2])
+    return alone, line, (outer, middle, inner)
+
+
+@triton.jit
+def read_lines(lines, origin, behind, NUMBER: tl.constexpr):
+    """The line of each logit of a tile; behind the end, that of the last one."""
+    values, strides, sizes = lines
+    middle, inner, middle_magic, inner_magic = sizes
+    local = tl.minimum(tl.arange(0, NUMBER), NUMBER - 1 - behind)
+    row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
+    o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
+    o, m, i = origin[0] + o.to(tl.int64), m.to(tl.int64), i.to(tl.int64)
+    return tl.load(values + (o * strides[0] + m * strides[1] + i * strides[2]))
+
+
+def lay_out_lines(logits: Tensor, lines: Tensor | None) -> dict[str, Any]:
+    """Arguments by which a kernel tells the line of a logit from its place in memory.
+
+    Args:
+        logits: (B, C, M), which fill a stretch of memory.
+        lines: (B, M) or (B, C, M) int32; None without groups.
+    """
+    shape, strides = (1, 1, 1), (0, 0, 0)
+    if lines is not None:
+        axes = sorted(range(3), key=lambda axis: (logits.shape[axis] > 1, -logits.stride(axis)))
+        spread = lines if lines.dim() == 3 else lines[:, None].expand(logits.shape)
+        shape = [logits.shape[axis] for axis in axes]
+        strides = [spread.stride(axis) if logits.shape[axis] > 1 else 0 for axis in axes]
+    return {
+        "lines": lines,
+        **{f"lines_{place}": stride for place, stride in enumerate(strides)},
+        "middle": shape[1],
+        "inner": shape[2],
+        "middle_magic": magic_of(shape[1]),
+        "inner_magic": magic_of(shape[2]),
+    }
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether all begin at a multiple of 16 bytes."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+@triton.jit
+def pattern_of(scores):
+    """The bits of 16-bit logits as a number from 0 to 65,535."""
+    return scores.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def pattern_scores(logits, BLOCK: tl.constexpr):
+    """A block of all bit patterns of 16-bit logits, as a score."""
+    pattern = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = logits.dtype.element_ty
+    return pattern, pattern.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def read_anchors(
+    targets, anchors, classes, places, targets_0, targets_1, ignore_index, BLOCK: tl.constexpr
+):
+    """A block of anchors: (row, place, class index, which are positive, which are ignored)."""
+    anchor = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = anchor < anchors
+    row, place = anchor // places, anchor % places
+    channel = tl.load(targets + row * targets_0 + place * targets_1, mask=mask, other=0)
+    channel = channel.to(tl.int64)
+    ignored = mask & (channel == ignore_index)
+    positive = mask & (channel >= 0) & (channel < classes) & (channel != ignore_index)
+    return row, place, channel, positive, ignored
+
+
+def have_patterns(logits: Sequence[Tensor], lines: Any) -> bool:
+    """Whether each bit pattern is looked up once: of 16-bit logits, which all lie on one line."""
+    return lines is None and any(level.numel() and level.element_size() == 2 for level in logits)
+
+
+def pieces_of(logits: Tensor) -> int:
+    """How many pieces a level is read in, at most; see `pieces`."""
+    return 2 + 3 * logits.numel() // _PIECE
+
+
+def pieces(
+    logits: Tensor, targets: Tensor, lines: Tensor | None, out: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """A level as it is if it fills a stretch of memory, else copies of its pieces, in turn.
+
+    Yields:
+        logits, which fill a stretch of memory; targets, which lie beside them if there is one for
+        each; lines, if there are any, for which no axis may be longer than `divide` allows; and,
+        given `out`, where the gradient is to be written, beside the logits too.
+    """
+    beside = targets if targets.dim() == logits.dim() else logits
+    dense = is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits))
+    if dense and (lines is None or max(logits.shape) < _LONGEST):
+        yield logits, targets, lines, out
+        return
+    batch, classes, places = logits.shape
+    rows = max(1, _PIECE // (classes * places))
+    step = max(1, _PIECE // classes) if rows == 1 else places
+    for row in range(0, batch, rows):
+        for place in range(0, places, step):
+            cut = (slice(row, row + rows), ..., slice(place, place + step))
+            piece = logits[cut].contiguous()
+            beside = targets[cut].contiguous() if targets.dim() == logits.dim() else targets[cut]
+            line = None if lines is None else lines[cut]
+            if out is None:
+                yield piece, beside, line, None
+            else:
+                gradient = torch.empty_like(piece)
+                yield piece, beside, line, gradient
+                out[cut] = gradient
+
+
+def lay_out_anchors(
+    logits: Tensor, targets: Tensor, ignore_index: int, block: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """(grid, arguments) of a kernel that walks over the anchors of a level of class indices."""
+    grid = (triton.cdiv(targets.numel(), block),)
+    return grid, {
+        "targets": targets,
+        "anchors": targets.numel(),
+        "classes": logits.shape[1],
+        "places": logits.shape[2],
+        "targets_0": targets.stride(0),
+        "targets_1": targets.stride(1),
+        "ignore_index": ignore_index,
+        "BLOCK": block,
+        "num_warps": _WARPS,
+    }

@@ -1,0 +1,1 @@
+"""What the kernels are tuned by: block sizes, costs, and the files that hold them for a GPU."""

@@ -1,0 +1,1 @@
+"""Sizes of the kernels found on a GPU, or ranked by machine code: `python -m perf.autotune`."""

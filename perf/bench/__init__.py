@@ -1,0 +1,1 @@
+"""The loss beside its baselines: `python -m perf.bench`."""

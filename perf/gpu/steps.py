@@ -1,0 +1,41 @@
+"""What perf.gpu does, step by step: what is checked, what is measured, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from . import checks, measurements
+from .context import Context, Task
+
+
+class Step(NamedTuple):
+    """Tasks that belong together. They are made in the same order whenever they are asked for."""
+
+    name: str
+    tasks: Callable[[Context], Iterator[Task]]
+    seconds: float  # what it may take
+    required: bool = False  # has to run to its end, whatever is left for the others
+
+
+# In the order of their worth: what the design hangs on, what has to be right, what the package
+# promises, the rest. The seconds are those of a GPU, kernels still to be compiled; what does not
+# fit into the command's time is cut from the end, and said.
+STEPS = (
+    Step("machine", measurements.about, 20),
+    Step("rates", measurements.rates, 45),
+    Step("parity", checks.parity, 150, required=True),
+    Step("edges", checks.edges, 90, required=True),
+    Step("repeatability", checks.repeatability, 30, required=True),
+    Step("synchronisations", checks.synchronisations, 20, required=True),
+    Step("graph", checks.graph, 20, required=True),
+    Step("boxes", checks.boxes, 30),
+    Step("memory", measurements.memory, 15),
+    Step("timings", measurements.timings, 60),
+    Step("tuning", measurements.tuning, 150),
+    Step("benchmark", measurements.benchmark, 120),  # by the sizes and costs just found
+    Step("variants", checks.variants, 20),
+    Step("compilation", checks.compilation, 60),
+    Step("assertions", checks.assertions, 40),
+    Step("tests", checks.tests, 150),
+)

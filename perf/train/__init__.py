@@ -1,0 +1,1 @@
+"""A detector of handwritten digits, trained: `python -m perf.train`."""

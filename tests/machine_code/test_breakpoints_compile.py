@@ -1,0 +1,169 @@
+"""Every breakpoint kernel compiles ahead of time for GPUs that are not here; its code is read.
+
+As in `test_kernels_compile`: `python -m tests.machine_code.test_breakpoints_compile sm_90`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.machine_code.test_kernels_compile import TARGETS, run
+
+MODULE = "tests.machine_code.test_breakpoints_compile"
+
+# (logits, targets, targets per logit, delta): each dtype, each form of targets, the hard step.
+CASES = {
+    "float32": ("float32", "int64", False, 1.0),
+    "bfloat16": ("bfloat16", "int32", False, 1.0),
+    "float16": ("float16", "int64", False, 1.0),
+    "float64": ("float64", "int64", False, 1.0),
+    "marked": ("float32", "float32", True, 1.0),
+    "marked bfloat16": ("bfloat16", "int8", True, 1.0),
+    "hard": ("float32", "int64", False, 0.0),
+    "grouped": ("float32", "int64", False, 1.0),
+    "grouped bfloat16": ("bfloat16", "int32", False, 1.0),
+    "grouped marked": ("float32", "float32", True, 1.0),
+    "grouped float64": ("float64", "int64", False, 1.0),
+}
+KERNELS = {
+    "_merge_kernel", "_table_kernel", "_count_kernel", "_remove_kernel", "_pattern_sums_kernel",
+    "_fold_kernel", "_points_kernel", "_stretch_kernel", "_integral_kernel", "_finish_kernel",
+    "_slopes_kernel", "_ramps_kernel", "_pattern_ramps_kernel", "_gradient_kernel",
+    "_clear_kernel", "_own_kernel",
+}  # fmt: skip
+
+
+def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list:
+    """The launches of one count and one gradient."""
+    from alrp_triton.kernels.breakpoints import ranks as breakpoints
+    from alrp_triton.kernels.tuning.block_sizes import default_breakpoint_tiles
+    from perf.machine_code import sass
+
+    logits_dtype, targets_dtype, per_logit, delta = CASES[case]
+    logits = torch.empty(shape, dtype=getattr(torch, logits_dtype), device="meta")
+    targets_shape = shape if per_logit else (shape[0], shape[2])
+    targets = torch.empty(targets_shape, dtype=getattr(torch, targets_dtype), device="meta")
+    scores = torch.zeros(positives, dtype=torch.promote_types(logits.dtype, torch.float32))
+    vector = torch.zeros(positives, dtype=torch.float64)
+    index = torch.zeros(positives, dtype=torch.int64)
+    tiles = default_breakpoint_tiles(sass.gpu_target(target).warp_size, scores.dtype)
+    levels = [logits], [targets]
+    grouping: tuple = ()
+    if "grouped" in case:  # by image
+        groups = torch.zeros((shape[0], *targets_shape[1:]), dtype=torch.int64)
+        grouping = [groups], index
+    with sass.record() as launches:
+        breakpoints.count(*levels, scores, vector, delta, -100, tiles, *grouping)
+        breakpoints.gradient(*levels, index, scores, vector, vector, delta, -100, tiles, *grouping)
+    return launches
+
+
+def _figures(target: str) -> dict[str, dict[str, Any]]:
+    """Registers and spills of each kernel and case; instructions a logit where logits are read."""
+    from perf.machine_code import sass
+    from perf.machine_code.occupancy import a_logit
+
+    figures: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for case in CASES:
+        for launch in _call(case, target):
+            name, variant = launch.kernel.fn.__name__, sass.variant(launch, target)
+            if (name, variant) in seen:
+                continue
+            seen.add((name, variant))
+            code = sass.compile_launch(launch, target)
+            figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
+            if name in ("_count_kernel", "_gradient_kernel"):
+                figure["scattered"] = sass.scattered(code)
+            if target.startswith("sm") and "scattered" in figure:
+                side = name.strip("_").removesuffix("_kernel")
+                figure["per_logit"] = a_logit(code, side, launch.arguments)
+            figures[f"{name} {case} {len(seen)}"] = figure
+    return figures
+
+
+def _variants(target: str) -> list[int]:
+    """How many variants of kernels there are after each of 50 calls of random sizes."""
+    from perf.machine_code import sass
+
+    torch.manual_seed(0)
+    seen: set[tuple[str, str]] = set()
+    numbers = []
+    for call in range(50):
+        positives, batch, places = (int(n) for n in torch.randint(1, 5000, (3,)))
+        if call % 5 == 0:  # what a JIT likes to specialise on
+            positives, batch, places = (1, 16, 32, 4096)[call % 4], 16, (1, 16, 64)[call % 3]
+        CASES["float32"] = ("float32", "int64", False, 0.1 + call)
+        for launch in _call("float32", target, positives, (batch, 20, places)):
+            seen.add((launch.kernel.fn.__name__, sass.variant(launch, target)))
+        numbers.append(len(seen))
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """{target: figures}, two targets at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(
+            lambda target: run(target, "tests.machine_code.test_breakpoints_compile"), TARGETS
+        )
+        return dict(zip(TARGETS, found, strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(target: str, compiled: dict) -> None:
+    figures = compiled[target]["figures"]
+    assert {name.split()[0] for name in figures} == KERNELS
+    assert {name: x["spills"] for name, x in figures.items() if x["spills"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_threads_read_and_add_side_by_side(target: str, compiled: dict) -> None:
+    """Or the lanes of a tile would share copies of a word, and wait for each other."""
+    figures = compiled[target]["figures"].items()
+    found = {name: x["scattered"] for name, x in figures if "scattered" in x}
+    assert len(found) >= 2 * len(CASES) - 2  # some cases share a kernel
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "most"),
+    [
+        ("_count_kernel", "float32", 70),
+        ("_count_kernel", "marked", 70),
+        ("_count_kernel", "bfloat16", 40),
+        ("_count_kernel", "marked bfloat16", 40),
+        ("_count_kernel", "float16", 40),
+        ("_gradient_kernel", "float32", 45),
+        ("_gradient_kernel", "bfloat16", 8),
+        ("_gradient_kernel", "float16", 8),
+    ],
+)
+def test_instructions_a_logit(kernel: str, case: str, most: int, compiled: dict) -> None:
+    """On sm_90: of the longest way that a full tile can take."""
+    figures = compiled["sm_90"]["figures"]
+    (found,) = (
+        x["per_logit"]
+        for name, x in figures.items()
+        if name.rsplit(" ", 1)[0] == f"{kernel} {case}"
+    )
+    assert found <= most
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_random_sizes_and_deltas_make_no_new_variant(target: str, compiled: dict) -> None:
+    numbers = compiled[target]["variants"]
+    assert len(set(numbers)) == 1
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    print(json.dumps({"figures": _figures(name), "variants": _variants(name)}))

@@ -1,0 +1,105 @@
+"""The reference adds floats in a fixed order, on devices too whose own sums do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from examples import IGNORE, detector_batch, relative_error, to_levels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alrp_triton.reference import layout, pairwise, skewed
+from alrp_triton.reference import rank_sort as sorting
+from alrp_triton.reference.breakpoints import (
+    ranks as breakpoints,
+)
+from alrp_triton.reference.breakpoints import (
+    segments as lines,
+)
+from alrp_triton.reference.breakpoints import (
+    sort as edges,
+)
+from alrp_triton.reference.breakpoints import (
+    sums,
+)
+
+# What torch documents to add in no fixed order on CUDA (`use_deterministic_algorithms`): at any
+# time, or given weights, or where `accumulate` is true.
+ANY_ORDER = {
+    "cumsum", "cumsum_", "cumprod", "scatter_add", "scatter_add_", "scatter_reduce",
+    "scatter_reduce_", "index_add", "index_add_", "index_reduce", "index_reduce_", "histc", "put_",
+    "median", "kthvalue",
+}  # fmt: skip
+BY_ARGUMENT = {"bincount": (1, "weights"), "index_put": (3, "accumulate")}
+BY_ARGUMENT |= dict.fromkeys(("index_put_", "_index_put_impl_"), (3, "accumulate"))
+
+
+class InAnyOrder(TorchDispatchMode):
+    """Collects the names of operators that add floats in the order of the threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        asked = name in ANY_ORDER
+        if name in BY_ARGUMENT:
+            place, argument = BY_ARGUMENT[name]
+            given = args[place] if len(args) > place else kwargs.get(argument)
+            asked = given is not None and given is not False
+        out = func(*args, **kwargs)
+        if asked and out.is_floating_point():
+            self.names.add(name)
+        return out
+
+
+def run_all(grouped: bool, delta: float) -> list[torch.Tensor]:
+    """What every function of the reference returns, whose terms are floats."""
+    logits, targets = detector_batch("spread", 300, 4, 40)
+    levels, level_targets, index, scores = to_levels(logits, targets)
+    groups = ()
+    if grouped:
+        images = [torch.arange(300)[:, None] % 7]
+        groups = images, layout.gather(images, levels, index)
+    values = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    settings, own = (delta, IGNORE, *groups), groups[1] if grouped else None
+    positives = index, scores, values, -values
+    out = []
+    for module in (breakpoints, pairwise):
+        out += module.count(levels, level_targets, scores, values, *settings)
+        out += module.gradient(levels, level_targets, *positives, *settings)
+    out.append(skewed.mass(levels, level_targets, scores, values, *settings))
+    out += skewed.gradient(levels, level_targets, *positives, values, *settings)
+    out += sorting.count(scores, values, values, delta, own)
+    out.append(sorting.gradient(scores, values, values, delta, own))
+    return out
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_floats_are_added_in_a_fixed_order(grouped, delta, monkeypatch):
+    """Without an operator that torch tells of; and to the same as in a CPU's order."""
+    monkeypatch.setattr(edges, "FEW", 0)
+    monkeypatch.setattr(lines, "TABLE", 0)
+    with InAnyOrder() as on_a_cpu:
+        expected = run_all(grouped, delta)
+    assert "bincount" in on_a_cpu.names  # which goes by order there
+    monkeypatch.setattr(sums, "adds_in_order", lambda device: False)
+    with InAnyOrder() as elsewhere:
+        got = run_all(grouped, delta)
+    assert elsewhere.names == set()
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("number", [1, 2, 100, 5000])
+def test_sums_by_place_are_those_of_a_bincount(number, monkeypatch):
+    """Entries at one place, at all, at some; places without any are 0."""
+    for places in (1, 7, 300):
+        x = torch.rand(number, dtype=torch.float64)
+        place = torch.randint(places, (number,), dtype=torch.int32)
+        expected = torch.zeros(places + 3, dtype=torch.float64).index_add_(0, place.long(), x)
+        for on_a_cpu in (True, False):
+            monkeypatch.setattr(sums, "adds_in_order", lambda device, way=on_a_cpu: way)
+            got = sums.sum_by_place(x, place, places + 3)
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
