@@ -50,15 +50,15 @@ SPECIAL = (
 # Sizes at which the code takes another way: numbers of logits, then of positives. `lowered` has
 # those that no small case reaches.
 SIZES = {
-    "runs.RUN, sorting._LANES": 1 << 6,
-    "tiles.count_block, edges._SORTED, skewed._LANES": 1 << 7,
-    "edges._CELLS, sorting._SURVEYED": 1 << 8,
+    "block_maxima.RUN, rank_sort._LANES": 1 << 6,
+    "count_block, kernels' sort._SORTED, skewed._LANES": 1 << 7,
+    "kernels' sort._CELLS, rank_sort._SURVEYED": 1 << 8,
     "scan._STRETCH, a tile": 1 << 9,
-    "locate._BLOCK": 1 << 10,
-    "edges.FEW": 1 << 14,
-    "edges.CELLS": 1 << 16,
-    "layout.CHUNK, cells of edges.CELLS": 1 << 18,
-    "survey.SURVEY": 1 << 21,
+    "positives._BLOCK": 1 << 10,
+    "sort.FEW": 1 << 14,
+    "sort.CELLS": 1 << 16,
+    "layout.CHUNK, sort.CELLS * SCORES_PER_CELL": 1 << 18,
+    "relevant.SURVEY": 1 << 21,
 }
 
 
