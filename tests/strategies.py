@@ -29,6 +29,7 @@ BITS = {torch.float32: np.int32, torch.float64: np.int64}
 KINDS = (
     "palette",  # few values, drawn one by one, again and again
     "bits",  # any bit pattern, over all exponents
+    "ties",  # three values of any mantissa
     "normal",  # all mantissas
     "prior",  # a head at its initialisation: its bias, and almost nothing else
     "equal",  # one value of any mantissa
@@ -49,15 +50,15 @@ SPECIAL = (
 # Sizes at which the code takes another way: numbers of logits, then of positives. `lowered` has
 # those that no small case reaches.
 SIZES = {
-    "runs.RUN, sorting._LANES": 1 << 6,
-    "tiles.count_block, edges._SORTED, skewed._LANES": 1 << 7,
-    "edges._CELLS, sorting._SURVEYED": 1 << 8,
+    "block_maxima.RUN, rank_sort._LANES": 1 << 6,
+    "count_block, kernels' sort._SORTED, skewed._LANES": 1 << 7,
+    "kernels' sort._CELLS, rank_sort._SURVEYED": 1 << 8,
     "scan._STRETCH, a tile": 1 << 9,
-    "locate._BLOCK": 1 << 10,
-    "edges.FEW": 1 << 14,
-    "edges.CELLS": 1 << 16,
-    "layout.CHUNK, cells of edges.CELLS": 1 << 18,
-    "survey.SURVEY": 1 << 21,
+    "positives._BLOCK": 1 << 10,
+    "sort.FEW": 1 << 14,
+    "sort.CELLS": 1 << 16,
+    "layout.CHUNK, sort.CELLS * SCORES_PER_CELL": 1 << 18,
+    "relevant.SURVEY": 1 << 21,
 }
 
 
@@ -151,16 +152,15 @@ def levels_of(draw, most: int) -> Level:
     """A level of at most so many logits, or about."""
     dims = draw(st.integers(1, 4))
     layout = draw(st.sampled_from(LAYOUTS))
-    if dims == 1:
-        return Level((draw(st.integers(0, most)),), True, layout)
-    classes = draw(st.integers(1, 4))
-    rows = draw(st.integers(0, max(1, most // classes)))
-    shape = [rows, classes]
+    shape = [draw(st.integers(1, most))]
+    if dims > 1:
+        shape.append(draw(st.integers(1, 4)))
     for _ in range(dims - 2):
-        side = draw(st.integers(0, 4)) if draw(st.booleans()) else draw(st.integers(1, 3))
-        shape[0] = max(min(1, shape[0]), shape[0] // max(1, side))
-        shape.append(side)
-    return Level(tuple(shape), draw(st.booleans()), layout)
+        shape.append(draw(st.integers(1, 4)))
+    shape[0] = max(1, shape[0] // math.prod(shape[1:]))
+    if draw(st.sampled_from([False] * 9 + [True])):  # one without any logit
+        shape[-1 if dims > 2 else 0] = 0
+    return Level(tuple(shape), dims == 1 or draw(st.booleans()), layout)
 
 
 @st.composite
@@ -197,7 +197,8 @@ def descriptions(
         levels = draw(levels_of_size(size))
     else:
         levels = draw(st.lists(levels_of(most), min_size=1, max_size=3))
-    numbers = ("none", "one", "two", "few", "many", "all")
+    # What is empty or has no positive is soon seen through, so most cases are neither.
+    numbers = ("one", "few", "many", "two", "few", "many", "all", "few", "many", "none")
     kinds = st.sampled_from(KINDS)
     skews = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
     if sizes:  # in which most scores are within reach of the positives, who are few
@@ -372,7 +373,9 @@ def _of_kind(
     real = np.float64 if dtype == torch.float64 else np.float32
     info = np.finfo(real)
     normal = rng.standard_normal(n).astype(real)
-    base = real(2 * rng.standard_normal())
+    # The same for positives and negatives, so that they tie where both are of a kind.
+    shared = np.random.default_rng((described.seed, 1))
+    base = real(2 * shared.standard_normal())
     with np.errstate(all="ignore"):
         if kind == "palette":
             return rng.choice(np.array(described.palette, np.float64), n).astype(real)
@@ -381,20 +384,22 @@ def _of_kind(
             scores = bits.astype(f"u{info.bits // 8}").view(real)
             return np.where(np.isnan(scores), base, scores)
         if kind == "prior":
-            prior = rng.choice([0.005, 0.01, 0.02])
+            prior = shared.choice([0.005, 0.01, 0.02])
             bias = real(math.log(prior / (1 - prior)))
-            return bias + real(rng.choice([0, 1e-7, 1e-2])) * normal
+            return bias + real(shared.choice([0, 1e-7, 1e-2])) * normal
         if kind == "equal":
             return np.full(n, base)
+        if kind == "ties":
+            return rng.choice((base + shared.standard_normal(3)).astype(real), n)
         if kind == "steps":
             scores = (base + rng.integers(-3, 4, n) * described.delta).astype(real)
-            beside = np.nextafter(scores, real(rng.choice([-1, 1]) * np.inf))
+            beside = np.nextafter(scores, real(shared.choice([-1, 1]) * np.inf))
             return np.where(rng.random(n) < 0.3, beside, scores)
         if kind == "outlier":
             normal[rng.integers(0, n, 1) if n else slice(0)] = rng.choice([1e6, -1e6, 1e30, np.inf])
             return normal
         if kind == "high":
-            return (real(rng.choice([5e3, -5e3, 2e4, 1e6])) + normal).astype(real)
+            return (real(shared.choice([5e3, -5e3, 2e4, 1e6])) + normal).astype(real)
         if kind == "subnormal":
             return rng.integers(-9, 10, n).astype(real) * info.smallest_subnormal
         if kind == "huge":
