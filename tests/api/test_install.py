@@ -184,7 +184,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(packed):
     }
     own |= {f"alrp_triton/{x}" for x in files_of_the_checkout() if x.startswith("reference/")}
     assert {name for name in found if name.startswith("alrp_triton/")} == own
-    for name in ("reference/pairwise.py", "reference/breakpoints/sort.py", "py.typed", "__main__.py"):
+    for name in (
+        "reference/pairwise.py",
+        "reference/breakpoints/sort.py",
+        "py.typed",
+        "__main__.py",
+    ):
         assert f"alrp_triton/{name}" in found
     (metadata,) = (x.decode() for name, x in found.items() if name.endswith("/METADATA"))
     assert "License-Expression: Apache-2.0\n" in metadata
