@@ -119,17 +119,19 @@ def _count(
     valid = scores != -torch.inf
     padded = not valid.all()
     if padded:
-        scores, values, own_groups = (_of_valid(x, valid) for x in (scores, values, own_groups))
+        scores, values = scores[valid], values[valid]
+        own_groups = _of_valid(own_groups, valid)
     counted = count(
         logits, targets, scores, values, delta, ignore_index,
         groups=groups, own_groups=own_groups,
     )  # fmt: skip
     if not padded:
         return counted
-    return tuple(
+    nfp, rank_positive, value_sum = (
         torch.full_like(valid, fill, dtype=torch.float64).masked_scatter_(valid, x)
         for fill, x in zip((0, 1, 0), counted, strict=True)
     )
+    return nfp, rank_positive, value_sum
 
 
 @library.impl(_library, "gradient", _implement)
@@ -151,9 +153,8 @@ def _gradient(
     if choose_impl(impl, scores.device) == "torch":
         valid = index >= 0
         if not valid.all():
-            index, scores, weights, own, own_groups = (
-                _of_valid(x, valid) for x in (index, scores, weights, own, own_groups)
-            )
+            index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
+            own_groups = _of_valid(own_groups, valid)
     return gradient(
         logits, targets, index, scores, weights, own, delta, ignore_index,
         groups=groups, own_groups=own_groups,

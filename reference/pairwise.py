@@ -79,7 +79,9 @@ def count(
         rank_positive[i] += h.sum(1)
         value_sum[i] = (h * values.double()).sum(1)
     nfp.masked_fill_(unordered, torch.nan)
-    return nfp, *(x.masked_fill_(unranked, torch.nan) for x in (rank_positive, value_sum))
+    rank_positive.masked_fill_(unranked, torch.nan)
+    value_sum.masked_fill_(unranked, torch.nan)
+    return nfp, rank_positive, value_sum
 
 
 def gradient(

@@ -283,10 +283,9 @@ def mass(
     splits = max(splits, triton.cdiv(longest, 1 << 30))  # places in a share are 32-bit
     partials = torch.zeros((splits, positives), dtype=torch.float64, device=scores.device)
     common = _common(scores, powers, own_groups, delta, ignore_index)
+    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
     with torch.cuda.device_of(scores):
-        for level, target, group in zip(
-            logits, targets, groups or [None] * len(logits), strict=True
-        ):
+        for level, target, group in zip(logits, targets, level_groups, strict=True):
             if level.numel():
                 _mass_kernel[(blocks, splits)](
                     partials=partials,
@@ -319,10 +318,9 @@ def gradient(
     """
     gradients = [torch.empty_like(level) for level in logits]
     common = _common(scores, powers, own_groups, delta, ignore_index)
+    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
     with torch.cuda.device_of(scores):
-        for level, target, group, out in zip(
-            logits, targets, groups or [None] * len(logits), gradients, strict=True
-        ):
+        for level, target, group, out in zip(logits, targets, level_groups, gradients, strict=True):
             if level.numel():
                 _gradient_kernel[(triton.cdiv(level.numel(), _LANES),)](
                     weights=weights.contiguous(),

@@ -107,7 +107,11 @@ class Case(NamedTuple):
         if self.own_groups is None:
             return None
         parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, self.groups)
-        return torch.cat([self.own_groups.new_empty(0), *(part.groups.long() for part in parts)])
+        found = [self.own_groups.new_empty(0)]
+        for part in parts:
+            assert part.groups is not None  # those of the levels are given
+            found.append(part.groups.long())
+        return torch.cat(found)
 
     def _grouping_of(self, valid: Tensor) -> tuple[Any, ...]:
         """Without padding."""

@@ -60,12 +60,13 @@ def count(
         number[0], distance[0], unordered = _sum_negatives(
             logits, targets, groups, edges, delta, ignore_index, scratch
         )
-    interval = edges.look_up(scores, edges.lines and edges.lines.own, scratch)
+    own_lines = None if edges.lines is None else edges.lines.own
+    interval = edges.look_up(scores, own_lines, scratch)
     values = torch.stack([torch.ones_like(values), values]).double()
     offset = _offset(scores, interval, edges, scratch) if delta > 0 else None
     for row, value in enumerate(values, start=1):
         number[row] = sum_by_place(value, interval, number.shape[1])
-        if delta > 0:
+        if offset is not None:
             distance[row] = sum_by_place(value * offset, interval, number.shape[1])
 
     from_start = edges.sum_from_above(number)
@@ -110,8 +111,8 @@ def gradient(
         total = _offset(part.scores, interval, edges, scratch)
         return total.mul_(_of(slope, interval, scratch)).add_(_of(value, interval, scratch))
 
-    groups = groups or [None] * len(logits)
-    for level, target, group, out in zip(logits, targets, groups, gradients, strict=True):
+    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
+    for level, target, group, out in zip(logits, targets, level_groups, gradients, strict=True):
         for block in survey(level, target, group, edges):
             of_block = out[block.where]
             if block.runs is not None:  # parts do not cover it
@@ -142,10 +143,10 @@ def _sum_negatives(
     lanes = LANES if size <= MOST_IN_LANES else 1
     apart = torch.zeros(0, dtype=torch.int32, device=edges.high.device)
     number, distance = edges.high.new_zeros((2, lanes * size))
-    groups = groups or [None] * len(logits)
+    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
     surveyed = (
         (part, block.ordered)
-        for level, target, group in zip(logits, targets, groups, strict=True)
+        for level, target, group in zip(logits, targets, level_groups, strict=True)
         for block in survey(level, target, group, edges)
         for part in block.parts(edges, ignore_index, scratch)
     )
@@ -158,7 +159,7 @@ def _sum_negatives(
         offset = _offset(part.scores, interval, edges, scratch) if delta > 0 else None
         interval.add_(apart[:many])
         number += interval.bincount(minlength=lanes * size)
-        if delta > 0:
+        if offset is not None:
             distance += sum_by_place(offset, interval, lanes * size)
         unordered = unordered or (not ordered and bool(part.scores.isnan().any()))
     return number.view(lanes, size).sum(0), distance.view(lanes, size).sum(0), unordered

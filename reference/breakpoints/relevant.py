@@ -111,7 +111,10 @@ def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iter
         at = unravel(where_in_runs(some, found), block.logits.shape)
         scores = finite(scores.index_select(0, found))
         scores = scores.where(is_negative(at, block.targets, ignore_index), BELOW_ALL)
-        lines = None if block.groups is None else edges.lines.of(at_logits(block.groups, at))
+        lines = None
+        if block.groups is not None:
+            assert edges.lines is not None  # the positives have groups too
+            lines = edges.lines.of(at_logits(block.groups, at))
         yield Part(scores, lines, at)
 
 
@@ -123,6 +126,7 @@ def _by_piece(block: Block, edges: Edges, ignore_index: int, scratch: Scratch) -
         exclude_non_negatives(shaped, targets, ignore_index, fill=BELOW_ALL)
         lines = None
         if block.groups is not None:
+            assert edges.lines is not None  # the positives have groups too
             lines = edges.lines.of(block.groups[rows, ..., places])
             lines = over_classes(lines, piece).reshape(-1)
         yield Part(scores, lines, (rows, slice(None), places))

@@ -44,7 +44,7 @@ class Lines:
     def _range(self) -> tuple[int, int]:
         """A number below all groups and one above them, unless int64 has none."""
         limits = torch.iinfo(self.groups.dtype)
-        lowest, highest = self.groups[0].item(), self.groups[-1].item()
+        lowest, highest = int(self.groups[0].item()), int(self.groups[-1].item())
         return max(lowest - 1, limits.min), min(highest + 1, limits.max)
 
     @cached_property

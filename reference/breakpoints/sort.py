@@ -109,7 +109,10 @@ class Edges:
             at = find(below, lambda x: x >= OPEN)
             found = self._search(scores.index_select(0, at), cell.index_select(0, at))
             below.index_copy_(0, at, found)
-        return below if line is None else self.lines.interval(line, below)
+        if line is None:
+            return below
+        assert self.lines is not None  # `line` comes from them
+        return self.lines.interval(line, below)
 
     def _search(self, scores: Tensor, cell: Tensor) -> Tensor:
         """How many edges lie below each score of a cell, int32.

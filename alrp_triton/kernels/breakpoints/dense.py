@@ -92,9 +92,11 @@ def lay_out_lines(logits: Tensor, lines: Tensor | None) -> dict[str, Any]:
         logits: (B, C, M), which fill a stretch of memory.
         lines: (B, M) or (B, C, M) int32; None without groups.
     """
-    shape, strides = (1, 1, 1), (0, 0, 0)
+    shape: Sequence[int] = (1, 1, 1)
+    strides: Sequence[int] = (0, 0, 0)
     if lines is not None:
-        axes = sorted(range(3), key=lambda axis: (logits.shape[axis] > 1, -logits.stride(axis)))
+        of_axis = logits.stride()
+        axes = sorted(range(3), key=lambda axis: (logits.shape[axis] > 1, -of_axis[axis]))
         spread = lines if lines.dim() == 3 else lines[:, None].expand(logits.shape)
         shape = [logits.shape[axis] for axis in axes]
         strides = [spread.stride(axis) if logits.shape[axis] > 1 else 0 for axis in axes]

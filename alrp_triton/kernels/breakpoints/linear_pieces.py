@@ -268,8 +268,12 @@ def write_gradient(
             BLOCK=tiles.patterns,
             **edges.look_up,
         )
-    for *level, out in zip(logits, targets, by_level(lines, logits), gradients, strict=True):
-        for piece, beside, line, slot in pieces(*level, out) if out.numel() else ():
+    levels = zip(logits, targets, by_level(lines, logits), gradients, strict=True)
+    for level, target, of_level, out in levels:
+        if not out.numel():
+            continue
+        for piece, beside, line, slot in pieces(level, target, of_level, out):
+            assert slot is not None  # `out` is given
             per_logit = beside.dim() == piece.dim()
             tile = tiles.gradient_rows * tiles.lanes
             _gradient_kernel[(triton.cdiv(piece.numel(), tile),)](

@@ -174,9 +174,11 @@ def count(
         a NaN score everything.
     """
     positives = scores.numel()
-    out = tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
+    nfp, rank_positive, value_sum = (
+        torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
+    )
     if not positives:
-        return out
+        return nfp, rank_positive, value_sum
     tiles = tiles or choose_tiles(logits, scores)
     with torch.cuda.device_of(scores):
         lines = lines_of(groups, own_groups)
@@ -218,11 +220,11 @@ def count(
             unordered=unordered,
             running=running,
             integral=integral,
-            nfp=out[0],
-            rank_positive=out[1],
-            value_sum=out[2],
+            nfp=nfp,
+            rank_positive=rank_positive,
+            value_sum=value_sum,
         )
-    return out
+    return nfp, rank_positive, value_sum
 
 
 def gradient(
