@@ -210,7 +210,7 @@ def _fit_costs(
         if fitted is None:
             result["left_out"].append(f"costs, {dtype}")
             continue
-        before = in_use.files.costs.get(dtype) or default_costs(DTYPE_OF[dtype])
+        before = in_use.tuned.costs.get(dtype) or default_costs(DTYPE_OF[dtype])
         measured, earlier = (fit_costs.quality(x, timed) for x in (fitted, before))
         taken = measured.lost <= earlier.lost
         fit = {"dtype": dtype, "taken": taken, "costs": _as_objects(fitted)}

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from perf import arguments, tables
-from perf.balance import picture
 
 if TYPE_CHECKING:
     from perf.train.loop import History
@@ -71,6 +70,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Trains with each loss and reports; returns the exit code: 0, or 130 after Ctrl-C."""
     options = parse_arguments(given)
     with arguments.importing("train"):
+        from perf.balance import picture
         from perf.train import loop
     make_parser().prepare(options.out, FILES)
     torch.set_num_threads(1)  # as perf.train on a CPU

@@ -413,7 +413,7 @@ def test_occupancy():
 def test_dry_run_command(tmp_path):
     """In a process of its own, since nothing compiles under TRITON_INTERPRET; two candidates."""
     code = (
-        "from pathlib import Path; from perf import dry_run\n"
+        "from pathlib import Path; from perf.autotune import dry_run\n"
         "grids = {'count': ({'count_rows': (4,)},), 'gradient': ({'gradient_rows': (4, 8)},)}\n"
         "grids = {'pairwise': grids, 'breakpoints': grids}\n"
         "if __name__ == '__main__': dry_run.run('sm_90', Path('.'), grids)\n"

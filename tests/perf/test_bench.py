@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from alrp_triton import alrp_loss, ops
 from alrp_triton.testing import workloads
 from alrp_triton.testing.workloads import CELLS, Cell
+from perf.bench import __main__ as command
 from perf.bench import authors_code as peers
 from perf.bench import focal, real_boxes
 from perf.bench import run as bench
@@ -272,8 +273,8 @@ CALL = {
 def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torchvision")
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench, "retinanet_call", lambda images, device: CALL)
-    monkeypatch.setattr(bench, "VARIANTS", QUICK)
+    monkeypatch.setattr(command, "retinanet_call", lambda images, device: CALL)
+    monkeypatch.setattr(command, "VARIANTS", QUICK)
     options = ["--cells", "rehearse", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
     assert main([*options, "--name", "tiny"]) == 0
     result = json.loads((tmp_path / "tiny.json").read_text())
@@ -286,7 +287,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert f"{len(CELLS['rehearse'])}/{len(CELLS['rehearse'])}" in printed.err
 
-    monkeypatch.setattr(bench, "VARIANTS", {OURS: PLANTED["value"]})
+    monkeypatch.setattr(command, "VARIANTS", {OURS: PLANTED["value"]})
     assert main(options) == 1
 
 
@@ -314,17 +315,17 @@ def found(what="times faster than a rival", least=4.0, reached=False):
 )
 def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, capsys, monkeypatch):
     """After everything is written and printed, in the last lines."""
-    monkeypatch.setattr(bench, "retinanet_call", lambda images, device: CALL)
-    monkeypatch.setattr(bench, "VARIANTS", {OURS: VARIANTS[OURS]})
-    monkeypatch.setattr(bench, "judge", lambda rows, standard: goals)
-    monkeypatch.setattr(bench, "CELLS", CELLS | {"cpu": (TINY,)})
+    monkeypatch.setattr(command, "retinanet_call", lambda images, device: CALL)
+    monkeypatch.setattr(command, "VARIANTS", {OURS: VARIANTS[OURS]})
+    monkeypatch.setattr(command, "judge", lambda rows, standard: goals)
+    monkeypatch.setattr(command, "CELLS", CELLS | {"cpu": (TINY,)})
     options = ["--cells", "cpu", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
     assert main(options) == status
     assert json.loads((tmp_path / "bench-cpu.json").read_text())["goals"] == goals
     printed = capsys.readouterr().out
     assert printed == "\n".join([(tmp_path / "bench-cpu.md").read_text(), *(last or []), ""])
     # Toy sizes say nothing of a goal.
-    monkeypatch.setattr(bench, "CELLS", CELLS | {"rehearse": (TINY,)})
+    monkeypatch.setattr(command, "CELLS", CELLS | {"rehearse": (TINY,)})
     assert main(["--cells", "rehearse", *options[2:]]) == 0
 
 
@@ -425,7 +426,7 @@ def test_a_checkout_without_the_loss_is_refused(tmp_path, capsys):
 
 def test_retinanet_sized_call():
     """10.5 million logits on boxes at 512 px: at most 1.5 times the logits' memory."""
-    call = bench.retinanet_call(None)
+    call = command.retinanet_call(None)
     assert call["N"] == 10_475_520
     assert 100 < call["P"] < 2000
     assert call["ignored"] > 0

@@ -5,6 +5,6 @@
 function of the score (`linear_pieces`).
 """
 
-from .ranks import count, gradient
+from .ranks import choose_tiles, count, gradient
 
-__all__ = ["count", "gradient"]
+__all__ = ["choose_tiles", "count", "gradient"]
