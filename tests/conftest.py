@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +39,46 @@ settings.register_profile("long", **COMMON)
 settings.load_profile(PROFILE)
 
 
+# Folders and files whose tests compile, interpret kernels, train, install or draw many cases.
+SLOW = [
+    "machine_code",
+    "api/test_boxes.py",
+    "api/test_compile.py",
+    "api/test_family.py",
+    "api/test_generated.py",
+    "api/test_install.py",
+    "api/test_launches.py",
+    "api/test_metrics.py",
+    "api/test_nan.py",
+    "api/test_self_balance.py",
+    "api/test_triton.py",
+    "integrations/test_authors.py",
+    "kernels/test_breakpoints.py",
+    "kernels/test_kernels.py",
+    "kernels/test_kernels_delta.py",
+    "kernels/test_locate.py",
+    "kernels/test_scale.py",
+    "kernels/test_skewed.py",
+    "kernels/test_sorting.py",
+    "perf/test_arguments.py",
+    "perf/test_autotune.py",
+    "perf/test_balance.py",
+    "perf/test_bench.py",
+    "perf/test_gpu_command.py",
+    "perf/test_memory_rates.py",
+    "perf/test_train.py",
+    "reference/test_lookup.py",
+    "reference/test_reference.py",
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, and counted as skipped, on a machine without one."""
+    folder = Path(__file__).parent
+    slow = {folder / name for name in SLOW}
+    for item in items:
+        if slow & {item.path, *item.path.parents}:
+            item.add_marker(pytest.mark.slow)
     if HAS_GPU:
         return
     skip = pytest.mark.skip(reason="no CUDA or ROCm device")

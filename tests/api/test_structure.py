@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +93,7 @@ def test_perf_is_a_dozen_rooms_that_import_in_one_direction():
 def test_the_top_level_has_the_rooms_that_it_tells_of(name):
     assert (ROOT / name).is_dir()
     assert f"`{name}/`" in (ROOT / "CONTRIBUTING.md").read_text() or name == "alrp_triton"
+
+
+def test_what_is_called_slow_exists():
+    assert [name for name in conftest.SLOW if not (ROOT / "tests" / name).exists()] == []
