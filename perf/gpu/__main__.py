@@ -26,7 +26,7 @@ def make_parser() -> arguments.Parser:
         "--out", type=arguments.folder, help="folder (default: perf/results/gpu/<GPU>)"
     )
     parser.add_argument(
-        "--minutes", type=arguments.minutes, help="at most (default: 9; to rehearse, 30)"
+        "--minutes", type=arguments.minutes, help="at most (default: 9; to rehearse, 90)"
     )
     names = [step.name for step in STEPS]
     parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, action=arguments.Each,
@@ -41,7 +41,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if not (options.rehearse or torch.cuda.is_available()):
         parser.error("no CUDA or ROCm device: --rehearse walks the steps without one")
     # A rehearsal shows that every step can be walked, on a machine however slow.
-    options.minutes = options.minutes or (30.0 if options.rehearse else 9.0)
+    options.minutes = options.minutes or (90.0 if options.rehearse else 9.0)
     options.steps = [step for step in STEPS if options.only is None or step.name in options.only]
     return options
 

@@ -180,7 +180,7 @@ def benchmark(context: Context) -> Iterator[Task]:
 
 
 def _benchmark(context: Context) -> dict[str, Any]:
-    bench = importlib.import_module("perf.bench.run")
+    bench = importlib.import_module("perf.bench.__main__")
     cells, rounds, until = bench.CELLS[context.cells], context.sizes.rounds, context.until - ENDING
     with _tuned(context):
         report = bench.run(cells, bench.VARIANTS, context.device, rounds, until, progress=False)

@@ -232,7 +232,8 @@ def row(variant, distribution, **changed):
 
 
 def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatch):
-    bench, tuner = (importlib.import_module(f"perf.{name}") for name in ("bench", "tuner"))
+    bench = importlib.import_module("perf.bench.__main__")
+    tuner = importlib.import_module("perf.autotune.tune")
     tuned = importlib.import_module("alrp_triton.kernels.tuning.files")
     monkeypatch.setenv(tuned.FOLDER, "elsewhere")
     context = Rehearsal(tmp_path)
@@ -274,7 +275,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
 
 
 def test_a_benchmark_that_is_wrong_fails(tmp_path, monkeypatch):
-    bench = importlib.import_module("perf.bench.run")
+    bench = importlib.import_module("perf.bench.__main__")
     context = Rehearsal(tmp_path)
     rows = [row(bench.OURS, "init", parity=False, seconds=None)]
     monkeypatch.setattr(bench, "run", lambda *_, **__: {"rows": rows, "dropped": []})
