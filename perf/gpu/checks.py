@@ -360,7 +360,9 @@ def _pytest(context: Context, names: Sequence[str], *options: str) -> dict[str, 
     if importlib.util.find_spec("pytest") is None:
         return {"dropped": "pytest is not installed"}
     options = (*options, *context.test_options)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    # In one process, which has the GPU to itself: pytest-xdist may be missing there.
+    one = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers")
+    command = [sys.executable, "-m", "pytest", *one, *options]
     files = [str(path) for name in names for path in _ROOT.glob(f"tests/*/test_{name}.py")]
     seconds = max(1.0, context.until - ENDING - time.monotonic())
     try:
