@@ -151,11 +151,17 @@ def run(target: str, module: str = "tests.machine_code.test_kernels_compile") ->
     return json.loads(done.stdout)
 
 
+def run_all(module: str) -> dict[str, Any]:
+    """{target: figures} of a module as this one is, two targets at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda target: run(target, module), TARGETS)
+        return dict(zip(TARGETS, found, strict=True))
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
     """{target: figures}, two targets at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TARGETS, pool.map(run, TARGETS), strict=True))
+    return run_all("tests.machine_code.test_kernels_compile")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.machine_code.test_kernels_compile import TARGETS, run
+from tests.machine_code.test_kernels_compile import TARGETS, run_all
 
 MODULE = "tests.machine_code.test_locate_compile"
 
@@ -84,11 +83,7 @@ def _variants(target: str) -> list[int]:
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
     """{target: figures}, two targets at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(
-            lambda target: run(target, "tests.machine_code.test_locate_compile"), TARGETS
-        )
-        return dict(zip(TARGETS, found, strict=True))
+    return run_all(MODULE)
 
 
 @pytest.mark.parametrize("target", TARGETS)
