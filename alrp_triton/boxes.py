@@ -15,9 +15,9 @@ KINDS = ("iou", "giou", "diou", "ciou")
 FORMATS = ("XYXY", "XYWH", "CXCYWH")
 
 # Each pair is computed in units of its largest coordinate (see `_comparable`). An area, or a side,
-# below NOTHING there counts as none, and pairs below SMALLEST are not enlarged any further: then no
-# quotient and no gradient passes the largest float32.
-NOTHING = 2.0**-80
+# below MIN_AREA there counts as none, and pairs below SMALLEST are not enlarged any further: then
+# no quotient and no gradient passes the largest float32.
+MIN_AREA = 2.0**-80
 SMALLEST = 2.0**-30
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -183,7 +183,7 @@ def _overlap(boxes: Tensor, kind: str) -> Tensor:
     around = last.amax(1) - first.amin(1)
     areas, sides = _areas(own, shared, around)
     if kind == "giou":
-        on_line = areas[:, 3:] < NOTHING  # both boxes, so that lengths take the place of areas
+        on_line = areas[:, 3:] < MIN_AREA  # both boxes, so that lengths take the place of areas
         sizes = torch.where(on_line, sides.sum(2), areas)
         _, union = _inter_and_union(sizes)
         return _divide(areas[:, 2], union) - _divide(sizes[:, 3] - union, sizes[:, 3])
@@ -238,14 +238,14 @@ def _inter_and_union(areas: Tensor) -> tuple[Tensor, Tensor]:
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 with gradient 0 where b is next to nothing."""
-    nothing = b < NOTHING
+    nothing = b < MIN_AREA
     return torch.where(nothing, 0.0, a) / torch.where(nothing, 1.0, b)
 
 
 def _angle(sides: Tensor) -> Tensor:
     """arctan(width / height), in [0, pi / 2], of sides (..., 2); 0 with gradient 0 for a point."""
     longest = sides.detach().amax(-1, keepdim=True)
-    point = longest < NOTHING
+    point = longest < MIN_AREA
     # In units of the longer side: the square of a short one would vanish.
     width, height = (sides * _per_power(torch.where(point, 1.0, longest))).unbind(-1)
     point = point.squeeze(-1)

@@ -12,59 +12,78 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .loss_terms import Counts, Errors, SortingCounts
+from .reference.layout import Batch
 
 
 @dataclass(frozen=True)
 class Ranking:
     """One call's input on the road: the levels, and where the positives stand in them."""
 
-    logits: Sequence[Tensor]  # levels (B, C, M)
-    targets: Sequence[Tensor]  # (B, M) class indices, or (B, C, M) with 1 / 0 / -1
-    groups: Sequence[Tensor]  # integers in the shape of the targets; empty without groups
-    index: Tensor  # (P,) int64 positions in the flattened logits of all levels, -1 for padding
+    batch: Batch  # its logits attached; the index of padding is -1, its score -inf
     valid: Tensor  # (P,) bool: not padding
     padded: bool  # whether some may be
-    scores: Tensor  # (P,) finite scores of the positives, -inf for padding
-    own_groups: Tensor | None  # (P,) int64; None without groups
-    delta: float
-    ignore_index: int
     impl: str
     algorithm: str
     skew: float = 0.0  # power of the margin in p(j|i); 0 is the uniform distribution
 
+    @property
+    def scores(self) -> Tensor:
+        """(P,) finite scores of the positives, -inf for padding."""
+        return self.batch.scores
+
+    def detached(self) -> Batch:
+        """Return the batch as operators take it, cut off from autograd."""
+        given = self.batch
+        return Batch(
+            [level.detach() for level in given.logits],
+            given.targets,
+            given.index,
+            given.scores,
+            given.delta,
+            given.ignore_index,
+            given.groups,
+            given.positive_groups,
+        )
+
+    def positives(self, scores: Tensor) -> Batch:
+        """Return the positives alone, with these scores: a list without negatives."""
+        given = self.batch
+        settings = given.delta, given.ignore_index
+        return Batch([], [], given.index, scores, *settings, [], given.positive_groups)
+
 
 def rank_positives(ranking: Ranking, values: Tensor | None = None) -> Counts:
-    """The count: NFP(i), rank+(i) and S(i) of every positive. Not differentiable."""
+    """Count NFP(i), rank+(i) and S(i) of every positive. Not differentiable."""
     valid = ranking.valid
     if values is None:
         values = torch.zeros_like(valid, dtype=torch.float64)
     values = blank_padding(values.detach().to(torch.float64, copy=True), ranking)
     nfp, rank_positive, value_sum = ops.count(
-        [level.detach() for level in ranking.logits],
-        ranking.targets,
-        ranking.scores,
-        values,
-        ranking.delta,
-        ranking.ignore_index,
-        ranking.impl,
-        ranking.algorithm,
-        ranking.groups,
-        ranking.own_groups,
+        *ranking.detached(), values, ranking.impl, ranking.algorithm
     )
     return Counts(nfp, rank_positive, values, value_sum, valid.sum(dtype=torch.float64))
 
 
 def sort_positives(ranking: Ranking, quality: Tensor, counts: Counts) -> SortingCounts:
-    """The count among the positives, of better and of worse ones. Not differentiable."""
-    return SortingCounts(
-        *ops.sorting_count(
-            ranking.scores, quality, counts.values, ranking.delta, ranking.impl, ranking.own_groups
-        )
-    )
+    """Count among the positives, better and worse ones apart. Not differentiable."""
+    given = ranking.positives(ranking.scores)
+    return SortingCounts(*ops.sorting_count(*given, quality, counts.values, ranking.impl))
+
+
+def sum_from_below(ranking: Ranking, values: Tensor) -> Tensor:
+    """Return what each positive k passes down: sum_{i != k} values(i) H(x_ik). Not differentiable.
+
+    A count collects from above. With all scores negated the list is turned over, and what stood
+    below a positive stands above it, as far as it did: so it is S(k) in that list.
+    """
+    turned = blank_padding(-ranking.scores, ranking, fill=-torch.inf)
+    given = ranking.positives(turned)
+    _, _, value_sum = ops.count(*given, values, ranking.impl, ranking.algorithm)
+    return value_sum
 
 
 def blank_padding(x: Tensor, ranking: Ranking, fill: float = 0.0) -> Tensor:
-    """x (P,) with `fill` at the padding, in place."""
+    """Write `fill` into x (P,) at the padding, in place, and return it."""
     return x.masked_fill_(~ranking.valid, fill) if ranking.padded else x
 
 
@@ -97,18 +116,18 @@ def attach_sorting(
     if not _is_wanted(ranking):
         return values
     update = _ranking_update(counts, errors[0], ranking)
-    own = _sorting_update(sorting, quality, errors[1], ranking)
-    first, second = _apply(values, update, [own], ranking)
+    sorted_grad = _sorting_update(sorting, quality, errors[1], ranking)
+    first, second = _apply(values, update, [sorted_grad], ranking)
     return first, second
 
 
 def _is_wanted(ranking: Ranking) -> bool:
     """Whether anybody differentiates by the logits; in forward mode, to be told that it can't."""
-    if torch.is_grad_enabled() and any(level.requires_grad for level in ranking.logits):
+    if torch.is_grad_enabled() and any(level.requires_grad for level in ranking.batch.logits):
         return True
     if not torch.compiler.is_compiling():
-        return _is_transformed() or _has_tangent(ranking.logits)
-    if _is_transformed() and _has_tangent(ranking.logits):  # the compiler knows no jvp
+        return _is_transformed() or _has_tangent(ranking.batch.logits)
+    if _is_transformed() and _has_tangent(ranking.batch.logits):  # the compiler knows no jvp
         _raise_forward_mode()
     return False
 
@@ -122,7 +141,7 @@ class _Update(NamedTuple):
 
     weights: Tensor  # i lays weights(i) H(x_ij) m_ij^powers(i) on the negative j
     powers: Tensor | None  # of the margin m; None: all 0, the uniform distribution
-    own: Tensor  # and gets this itself
+    positive_grad: Tensor  # and gets this itself
 
 
 def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update:
@@ -135,17 +154,7 @@ def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update
     mass, powers = counts.nfp, None
     if ranking.skew:
         powers = torch.full_like(mass, ranking.skew)
-        mass = ops.skewed_mass(
-            [level.detach() for level in ranking.logits],
-            ranking.targets,
-            ranking.scores,
-            powers,
-            ranking.delta,
-            ranking.ignore_index,
-            ranking.impl,
-            ranking.groups,
-            ranking.own_groups,
-        )
+        mass = ops.skewed_mass(*ranking.detached(), powers, ranking.impl)
         # Where no negative has a margin (ties under the hard step) all have the same: uniform.
         powers = torch.where(mass == 0, 0.0, powers)
         mass = torch.where(mass == 0, counts.nfp, mass)
@@ -157,18 +166,13 @@ def _sorting_update(
 ) -> Tensor:
     """(P,) the gradient by the positives: the error of i is spread over the worse ones above it."""
     update, nothing = _share(sorting.worse, errors)
-    passed = ops.sorting_gradient(
-        ranking.scores,
-        quality,
-        (update / sorting.worse).masked_fill_(nothing, 0.0),
-        ranking.delta,
-        ranking.impl,
-        ranking.own_groups,
-    )
+    weights = (update / sorting.worse).masked_fill_(nothing, 0.0)
+    given = ranking.positives(ranking.scores)
+    passed = ops.sorting_gradient(*given, quality, weights, ranking.impl)
     return passed - update
 
 
-_NOTHING = 2.0**-900  # quotients by more than this are finite, times what may come from above too
+_MIN_ABOVE = 2.0**-900  # quotients by more than this are finite, times what may come from above too
 
 
 def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
@@ -177,30 +181,31 @@ def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
     Above padding nothing stands. NaN is something, and stays visible. So little that D(i) could not
     be divided by it (a float64 logit a hair inside the window) is nothing, for both sides alike.
     """
-    nothing = above < _NOTHING
+    nothing = above < _MIN_ABOVE
     update = (errors.error - errors.target) / errors.normaliser
     return update.masked_fill_(nothing, 0.0), nothing
 
 
 def _apply(
-    values: Sequence[Tensor], update: _Update, more_own: Sequence[Tensor], ranking: Ranking
+    values: Sequence[Tensor], update: _Update, more_grads: Sequence[Tensor], ranking: Ranking
 ) -> tuple[Tensor, ...]:
-    """The scalars attached: the first with the update, the others with gradients by positives."""
+    """Attach scalars: the first with the update, the others with gradients by the positives."""
+    batch = ranking.batch
     return _function().apply(
-        (ranking.delta, ranking.ignore_index, ranking.impl, ranking.algorithm),
-        len(ranking.logits),
+        (batch.delta, batch.ignore_index, ranking.impl, ranking.algorithm),
+        len(batch.logits),
         len(values),
-        ranking.index,
-        ranking.scores,
+        batch.index,
+        batch.scores,
         update.weights,
         update.powers,
-        ranking.own_groups,
-        update.own,
-        *more_own,
+        batch.positive_groups,
+        update.positive_grad,
+        *more_grads,
         *values,
-        *ranking.logits,
-        *ranking.targets,
-        *ranking.groups,
+        *batch.logits,
+        *batch.targets,
+        *batch.groups,
     )
 
 
@@ -233,27 +238,22 @@ class ErrorDrivenUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient by every level of logits."""
-        index, scores, weights, powers, own_groups, *rest = ctx.saved_tensors
+        index, scores, weights, powers, positive_groups, *rest = ctx.saved_tensors
         levels = rest[len(upstream) :]
         logits, targets, groups = (
             levels[start : start + ctx.number] for start in range(0, 3 * ctx.number, ctx.number)
         )
         delta, ignore_index, impl, algorithm = ctx.settings
         weights = weights * upstream[0]
-        own = rest[0] * upstream[0]
-        for more, scale in zip(rest[1 : len(upstream)], upstream[1:], strict=True):
-            own = own + more * scale
+        positive_grad = rest[0] * upstream[0]
+        for grad, scale in zip(rest[1 : len(upstream)], upstream[1:], strict=True):
+            positive_grad = positive_grad + grad * scale
+        batch = logits, targets, index, scores, delta, ignore_index, groups, positive_groups
         with torch.no_grad():
             if powers is None:
-                gradients = ops.gradient(
-                    logits, targets, index, scores, weights, own,
-                    delta, ignore_index, impl, algorithm, groups, own_groups,
-                )  # fmt: skip
+                gradients = ops.gradient(*batch, weights, positive_grad, impl, algorithm)
             else:
-                gradients = ops.skewed_gradient(
-                    logits, targets, index, scores, weights, own, powers,
-                    delta, ignore_index, impl, groups, own_groups,
-                )  # fmt: skip
+                gradients = ops.skewed_gradient(*batch, weights, positive_grad, powers, impl)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = NoSecondDerivative.apply(upstream[0], *logits, *gradients)
         before = _SETTINGS + 2 * len(upstream)
@@ -267,8 +267,8 @@ _SETTINGS = 8
 def _keep(ctx: Any, given: Sequence[Any]) -> None:
     ctx.settings, ctx.number, values, *tensors = given
     fixed = _SETTINGS - 3
-    own, levels = tensors[fixed : fixed + values], tensors[fixed + 2 * values :]
-    ctx.save_for_backward(*tensors[:fixed], *own, *levels)
+    positive_grads, levels = tensors[fixed : fixed + values], tensors[fixed + 2 * values :]
+    ctx.save_for_backward(*tensors[:fixed], *positive_grads, *levels)
 
 
 def _copies(given: Sequence[Any]) -> tuple[Tensor, ...]:

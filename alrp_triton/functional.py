@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import backend, ops
+from . import backend
 from .error_driven import (
     Ranking,
     attach,
@@ -29,6 +29,7 @@ from .error_driven import (
     mean_error,
     rank_positives,
     sort_positives,
+    sum_from_below,
 )
 from .inputs import (
     REAL,
@@ -39,7 +40,7 @@ from .inputs import (
     prepare_ranking,
 )
 from .loss_terms import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
-from .reference.skewed import MOST
+from .reference.skewed import MAX_POWER
 
 # What every loss takes, for its docstring.
 _SHARED = """\
@@ -428,8 +429,8 @@ def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> T
 
 def _check_skew(skew: float, algorithm: str) -> float:
     skew = check_number("skew", skew)
-    if not 0 <= skew <= MOST:
-        raise ValueError(f"skew: expected a number from 0 to {MOST:g}, got {skew}")
+    if not 0 <= skew <= MAX_POWER:
+        raise ValueError(f"skew: expected a number from 0 to {MAX_POWER:g}, got {skew}")
     if skew and backend.of_program("algorithm", algorithm) == "breakpoints":
         raise ValueError(
             "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
@@ -439,26 +440,12 @@ def _check_skew(skew: float, algorithm: str) -> float:
 
 
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:
-    """loc of Eq. 11. Being linear in Eloc, it is the sum over k of Eloc(k) dloc/dEloc(k), where
+    """Return loc of Eq. 11. Being linear in Eloc, it is the sum of Eloc(k) dloc/dEloc(k), where
 
-        dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
-
-    The sum is what k passes down to the positives below it, while a count collects from above.
-    Negating all scores turns the list over: it is S(k) of the values 1 / rank there.
+    dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
     """
     per_rank = counts.rank.reciprocal()
-    _, _, passed_down = ops.count(
-        [],
-        [],
-        blank_padding(-ranking.scores, ranking, fill=-torch.inf),
-        per_rank,
-        ranking.delta,
-        ranking.ignore_index,
-        ranking.impl,
-        ranking.algorithm,
-        [],
-        ranking.own_groups,
-    )
+    passed_down = sum_from_below(ranking, per_rank)
     share = blank_padding((per_rank + passed_down) / counts.num_positives, ranking)
     if ranking.padded:
         loc_errors = torch.where(ranking.valid, loc_errors, 0.0)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backend, ops
 from .error_driven import Ranking
-from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, gather, is_positive
+from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, Batch, gather, is_positive
 
 LogitsOrLevels = Tensor | Sequence[Tensor]
 
@@ -71,22 +71,12 @@ def prepare_ranking(
         impl,
         per_positive[0],
     )
-    own_groups = gather(level_groups, levels, index) if level_groups else None
-    return Ranking(
-        levels,
-        level_targets,
-        level_groups,
-        index,
-        index >= 0,
-        positives is not None or not exact,
-        scores,
-        own_groups,
-        delta,
-        ignore_index,
-        impl,
-        algorithm,
-        skew,
+    positive_groups = gather(level_groups, levels, index) if level_groups else None
+    batch = Batch(
+        levels, level_targets, index, scores, delta, ignore_index, level_groups, positive_groups
     )
+    padded = positives is not None or not exact
+    return Ranking(batch, index >= 0, padded, impl, algorithm, skew)
 
 
 def check_delta(delta: float, name: str = "delta") -> float:

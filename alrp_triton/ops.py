@@ -1,66 +1,69 @@
-"""The registered operators, and the choice of the algorithm and backend that runs them.
+"""The registered operators, and nothing else.
 
-Three operators carry every loss: `locate` the positives, `count` what each sees above itself, and
-the `gradient` by every logit. They are opaque to torch.compile, and their outputs have the sizes of
+Three of them carry every loss: `locate` the positives, `count` what each sees above itself, and the
+`gradient` by every logit. They are opaque to torch.compile, and their outputs have the sizes of
 their inputs, so nothing is ever asked of the device to know a shape. `sorting_count` and
 `sorting_gradient` do the same among the positives alone, `skewed_mass` and `skewed_gradient` with a
 skewed error distribution; `box_errors` and `box_gradient` are the Triton path of
 `localisation_errors`.
+
+An operator of torch takes no NamedTuple: all but `locate` and those of boxes take the fields of a
+`Batch` one by one, and put them together here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, List, NoReturn  # noqa: UP035  # the schema of torch 2.6 knows no list[Tensor]
 
 import torch
 from torch import Tensor, library
 
 from .backend import choose_impl, load_kernels, select
 from .reference import layout, rank_sort, skewed
+from .reference.layout import Batch
 
 _library = library.Library("alrp_triton", "DEF")
-_library.define(
-    "locate(Tensor[] logits, Tensor[] targets, Tensor? positives, SymInt size, bool exact, "
-    "SymInt ignore_index, str impl, "
-    "str name='loc_errors') -> (Tensor, Tensor)"
-)
-_library.define(
-    "count(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor values, float delta, "
-    "SymInt ignore_index, str impl, str algorithm, Tensor[] groups, Tensor? own_groups) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, Tensor weights, "
-    "Tensor own, float delta, SymInt ignore_index, str impl, str algorithm, Tensor[] groups, "
-    "Tensor? own_groups) -> Tensor[]"
-)
-_library.define(
-    "sorting_count(Tensor scores, Tensor quality, Tensor values, float delta, str impl, "
-    "Tensor? own_groups) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "sorting_gradient(Tensor scores, Tensor quality, Tensor weights, float delta, str impl, "
-    "Tensor? own_groups) -> Tensor"
-)
-_library.define(
-    "skewed_mass(Tensor[] logits, Tensor[] targets, Tensor scores, Tensor powers, float delta, "
-    "SymInt ignore_index, str impl, Tensor[] groups, Tensor? own_groups) -> Tensor"
-)
-_library.define(
-    "skewed_gradient(Tensor[] logits, Tensor[] targets, Tensor index, Tensor scores, "
-    "Tensor weights, Tensor own, Tensor powers, float delta, SymInt ignore_index, str impl, "
-    "Tensor[] groups, Tensor? own_groups) -> Tensor[]"
-)
-_library.define("box_errors(Tensor pred, Tensor target, str kind, float tau) -> Tensor")
-_library.define(
-    "box_gradient(Tensor upstream, Tensor pred, Tensor target, str kind, float tau) -> Tensor"
-)
-_implement = "CompositeExplicitAutograd"
 
 
-@library.impl(_library, "locate", _implement)
-def _locate(
+def _refuse_to_map(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "a ranking loss ranks one batch and cannot be mapped over several by torch.vmap: call it "
+        "once for each"
+    )
+
+
+def _operator(fake: Callable[..., Any], mapped: Callable[..., Any] | None = _refuse_to_map) -> Any:
+    """Register a function as the operator of its name, with the schema that its annotations say.
+
+    Args:
+        fake: returns what the operator does, of the right shapes and dtypes alone.
+        mapped: the rule for torch.vmap; None for an operator that torch never maps.
+
+    Not by `torch.library.custom_op`, which costs more a call.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = function.__name__
+        _library.define(name + library.infer_schema(function, mutates_args=()))
+        library.impl(_library, name, "CompositeExplicitAutograd")(function)
+        library.register_fake(f"alrp_triton::{name}", fake, lib=_library)
+        if mapped is not None:
+            library.register_vmap(f"alrp_triton::{name}", mapped, lib=_library)
+        return getattr(torch.ops.alrp_triton, name)
+
+    return register
+
+
+def _fake_locate(
+    logits: Sequence[Tensor], targets: Sequence[Tensor], _: Tensor | None, size: int, *__: Any
+) -> tuple[Tensor, Tensor]:
+    index = targets[0].new_empty((size,), dtype=torch.int64)
+    return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
+
+
+@_operator(_fake_locate)
+def locate(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     positives: Tensor | None,
@@ -68,8 +71,9 @@ def _locate(
     exact: bool,
     ignore_index: int,
     impl: str,
-    name: str = "loc_errors",
+    name: str,
 ) -> tuple[Tensor, Tensor]:
+    """Find the positives and gather their scores: see `reference.layout.locate`."""
     module = layout
     if choose_impl(impl, logits[0].device) == "triton":
         module = load_kernels("positives", logits[0].device)
@@ -82,7 +86,7 @@ def _locate(
 def _check_complete(
     logits: Sequence[Tensor], targets: Sequence[Tensor], index: Tensor, ignore_index: int
 ) -> None:
-    """ValueError unless the positives that were given are all that there are, each once, or none.
+    """Raise ValueError unless the positives given are all that there are, each once, or none.
 
     On a CPU alone. On a device it would take a pass over the targets, which is what `positives`
     saves, and about as many operators as a sort.
@@ -97,244 +101,128 @@ def _check_complete(
         )
 
 
-@library.impl(_library, "count", _implement)
-def _count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    values: Tensor,
-    delta: float,
-    ignore_index: int,
-    impl: str,
-    algorithm: str,
-    groups: Sequence[Tensor],
-    own_groups: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = select(impl, algorithm, logits, scores).count
-    if choose_impl(impl, scores.device) == "triton":
-        return count(
-            logits, targets, scores, values, delta, ignore_index,
-            groups=groups, own_groups=own_groups,
-        )  # fmt: skip
-    valid = scores != -torch.inf
-    padded = not valid.all()
-    if padded:
-        scores, values = scores[valid], values[valid]
-        own_groups = _of_valid(own_groups, valid)
-    counted = count(
-        logits, targets, scores, values, delta, ignore_index,
-        groups=groups, own_groups=own_groups,
-    )  # fmt: skip
-    if not padded:
-        return counted
-    nfp, rank_positive, value_sum = (
-        torch.full_like(valid, fill, dtype=torch.float64).masked_scatter_(valid, x)
-        for fill, x in zip((0, 1, 0), counted, strict=True)
-    )
-    return nfp, rank_positive, value_sum
+def _like_positives(_: Any, __: Any, ___: Tensor, scores: Tensor, *____: Any) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.float64)
 
 
-@library.impl(_library, "gradient", _implement)
-def _gradient(
+def _thrice_like_positives(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_positives(*given), _like_positives(*given), _like_positives(*given)
+
+
+def _like_logits(logits: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(level) for level in logits]
+
+
+@_operator(_thrice_like_positives)
+def count(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     index: Tensor,
     scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
     delta: float,
     ignore_index: int,
+    groups: Sequence[Tensor],
+    positive_groups: Tensor | None,
+    values: Tensor,
     impl: str,
     algorithm: str,
-    groups: Sequence[Tensor],
-    own_groups: Tensor | None,
-) -> list[Tensor]:
-    gradient = select(impl, algorithm, logits, scores).gradient
-    if choose_impl(impl, scores.device) == "torch":
-        valid = index >= 0
-        if not valid.all():
-            index, scores, weights, own = (x[valid] for x in (index, scores, weights, own))
-            own_groups = _of_valid(own_groups, valid)
-    return gradient(
-        logits, targets, index, scores, weights, own, delta, ignore_index,
-        groups=groups, own_groups=own_groups,
-    )  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return NFP(i), rank+(i) and S(i): see `reference.pairwise.count`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
+    function = select(impl, algorithm, logits, scores).count
+    if choose_impl(impl, scores.device) == "triton":
+        return function(batch, values)
+    return _without_padding(function, batch, (values,), (0.0, 1.0, 0.0))
 
 
-@library.impl(_library, "sorting_count", _implement)
-def _sorting_count(
+@_operator(_thrice_like_positives)
+def sorting_count(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
     scores: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor],
+    positive_groups: Tensor | None,
     quality: Tensor,
     values: Tensor,
-    delta: float,
     impl: str,
-    own_groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Count the positives above each, by their quality: see `reference.rank_sort.count`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
     if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("rank_sort", scores.device)
-        return kernels.count(scores, quality, values, delta, own_groups)
-    valid = scores != -torch.inf
-    worse, better, better_values = (torch.zeros_like(values) for _ in range(3))
-    worse[valid], better[valid], better_values[valid] = rank_sort.count(
-        scores[valid], quality[valid], values[valid], delta, _of_valid(own_groups, valid)
-    )
-    return worse, better, better_values
+        return load_kernels("rank_sort", scores.device).count(batch, quality, values)
+    return _without_padding(rank_sort.count, batch, (quality, values), (0.0, 0.0, 0.0))
 
 
-@library.impl(_library, "sorting_gradient", _implement)
-def _sorting_gradient(
+@_operator(_like_positives)
+def sorting_gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
     scores: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor],
+    positive_groups: Tensor | None,
     quality: Tensor,
     weights: Tensor,
-    delta: float,
     impl: str,
-    own_groups: Tensor | None,
 ) -> Tensor:
+    """Return what positives lay on worse ones: see `reference.rank_sort.gradient`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
     if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("rank_sort", scores.device)
-        return kernels.gradient(scores, quality, weights, delta, own_groups)
-    valid = scores != -torch.inf
-    passed = torch.zeros_like(weights)
-    passed[valid] = rank_sort.gradient(
-        scores[valid], quality[valid], weights[valid], delta, _of_valid(own_groups, valid)
+        return load_kernels("rank_sort", scores.device).gradient(batch, quality, weights)
+    (passed,) = _without_padding(
+        lambda *given: (rank_sort.gradient(*given),), batch, (quality, weights), (0.0,)
     )
     return passed
 
 
-@library.impl(_library, "skewed_mass", _implement)
-def _skewed_mass(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    powers: Tensor,
-    delta: float,
-    ignore_index: int,
-    impl: str,
-    groups: Sequence[Tensor],
-    own_groups: Tensor | None,
-) -> Tensor:
-    if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("skewed", scores.device)
-        return kernels.mass(
-            logits, targets, scores, powers, delta, ignore_index, groups, own_groups
-        )
-    valid = scores != -torch.inf
-    mass = torch.zeros_like(powers)
-    mass[valid] = skewed.mass(
-        logits, targets, scores[valid], powers[valid], delta, ignore_index,
-        groups, _of_valid(own_groups, valid),
-    )  # fmt: skip
-    return mass
-
-
-@library.impl(_library, "skewed_gradient", _implement)
-def _skewed_gradient(
+@_operator(_like_positives)
+def skewed_mass(
     logits: Sequence[Tensor],
     targets: Sequence[Tensor],
     index: Tensor,
     scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    powers: Tensor,
     delta: float,
     ignore_index: int,
-    impl: str,
     groups: Sequence[Tensor],
-    own_groups: Tensor | None,
-) -> list[Tensor]:
-    module = skewed
+    positive_groups: Tensor | None,
+    powers: Tensor,
+    impl: str,
+) -> Tensor:
+    """Return what the shares of the negatives sum to: see `reference.skewed.mass`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
     if choose_impl(impl, scores.device) == "triton":
-        module = load_kernels("skewed", scores.device)
-    else:
-        valid = index >= 0
-        index, scores, weights, own, powers = (
-            x[valid] for x in (index, scores, weights, own, powers)
-        )
-        own_groups = _of_valid(own_groups, valid)
-    return module.gradient(
-        logits, targets, index, scores, weights, own, powers, delta, ignore_index,
-        groups, own_groups,
-    )  # fmt: skip
+        return load_kernels("skewed", scores.device).mass(batch, powers)
+    (mass,) = _without_padding(lambda *given: (skewed.mass(*given),), batch, (powers,), (0.0,))
+    return mass
 
 
-def _of_valid(x: Tensor | None, valid: Tensor) -> Tensor | None:
-    """Without padding, which the reference knows nothing of; kernels skip it on the device."""
-    return None if x is None else x[valid]
+def _without_padding(
+    function: Callable[..., tuple[Tensor, ...]],
+    batch: Batch,
+    vectors: tuple[Tensor, ...],
+    fills: tuple[float, ...],
+) -> Any:
+    """Call a function of the reference, which knows of no padding, and fill in what padding gets.
 
-
-@library.impl(_library, "box_errors", _implement)
-def _box_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
-    return load_kernels("boxes", pred.device).errors(pred, target, kind, tau)
-
-
-@library.impl(_library, "box_gradient", _implement)
-def _box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
-    return load_kernels("boxes", pred.device).gradient(upstream, pred, target, kind, tau)
-
-
-@library.register_fake("alrp_triton::locate", lib=_library)
-def _(logits, targets, positives, size, exact, ignore_index, impl, name="loc_errors"):
-    index = targets[0].new_empty((size,), dtype=torch.int64)
-    return index, logits[0].new_empty((size,), dtype=layout.compute_dtype(logits[0].dtype))
-
-
-@library.register_fake("alrp_triton::count", lib=_library)
-def _(logits, targets, scores, values, delta, ignore_index, impl, algorithm, groups, own_groups):
-    return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
-
-
-@library.register_fake("alrp_triton::gradient", lib=_library)
-def _(
-    logits, targets, index, scores, weights, own, delta, ignore_index, impl, algorithm, groups,
-    own_groups,
-):  # fmt: skip
-    return [torch.empty_like(level) for level in logits]
-
-
-@library.register_fake("alrp_triton::sorting_count", lib=_library)
-def _(scores, quality, values, delta, impl, own_groups):
-    return tuple(torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
-
-
-@library.register_fake("alrp_triton::sorting_gradient", lib=_library)
-def _(scores, quality, weights, delta, impl, own_groups):
-    return torch.empty_like(weights)
-
-
-@library.register_fake("alrp_triton::skewed_mass", lib=_library)
-def _(logits, targets, scores, powers, delta, ignore_index, impl, groups, own_groups):
-    return torch.empty_like(powers)
-
-
-@library.register_fake("alrp_triton::skewed_gradient", lib=_library)
-def _(
-    logits, targets, index, scores, weights, own, powers, delta, ignore_index, impl, groups,
-    own_groups,
-):  # fmt: skip
-    return [torch.empty_like(level) for level in logits]
-
-
-@library.register_fake("alrp_triton::box_errors", lib=_library)
-def _(pred, target, kind, tau):
-    wide = torch.promote_types(pred.dtype, target.dtype)
-    return pred.new_empty(pred.shape[:1], dtype=torch.promote_types(wide, torch.float32))
-
-
-@library.register_fake("alrp_triton::box_gradient", lib=_library)
-def _(upstream, pred, target, kind, tau):
-    return pred.new_empty(pred.shape)
-
-
-def _unbatched(*_: Any) -> NoReturn:
-    raise RuntimeError(
-        "a ranking loss ranks one batch and cannot be mapped over several by torch.vmap: call it "
-        "once for each"
+    The kernels skip padding on the device, where nobody may be asked whether there is any.
+    """
+    valid = batch.scores != -torch.inf
+    if valid.all():
+        return function(batch, *vectors)
+    results = function(batch.select(valid), *(x[valid] for x in vectors))
+    return tuple(
+        torch.full_like(valid, fill, dtype=torch.float64).masked_scatter_(valid, x)
+        for fill, x in zip(fills, results, strict=True)
     )
 
 
 def _one_by_one(name: str) -> Callable[..., tuple[list[Tensor], list[int]]]:
-    """The rule for torch.vmap of an operator that returns a list: calls it once for each entry."""
-    operator = getattr(torch.ops.alrp_triton, name)
+    """Return a rule for torch.vmap that calls an operator, which returns a list, for each entry."""
 
     def pick(x: Any, dim: Any, place: int) -> Any:
         if isinstance(x, (list, tuple)):
@@ -342,6 +230,7 @@ def _one_by_one(name: str) -> Callable[..., tuple[list[Tensor], list[int]]]:
         return x if dim is None else x.select(dim, place)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+        operator = getattr(torch.ops.alrp_triton, name)
         results = [operator(*pick(args, in_dims, place)) for place in range(info.batch_size)]
         stacked = [torch.stack(levels) for levels in zip(*results, strict=True)]
         return stacked, [0] * len(stacked)
@@ -349,26 +238,86 @@ def _one_by_one(name: str) -> Callable[..., tuple[list[Tensor], list[int]]]:
     return rule
 
 
-def _one_upstream(*_: Any) -> NoReturn:
+def _refuse_several(*_: Any) -> NoReturn:
     raise RuntimeError(
         "a ranking loss has one upstream gradient at a time: expected is_grads_batched=False or "
         "vectorize=False (torch.func.jacrev takes several)"
     )
 
 
+@_operator(_like_logits, _one_by_one("gradient"))
+def gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor],
+    positive_groups: Tensor | None,
+    weights: Tensor,
+    positive_grad: Tensor,
+    impl: str,
+    algorithm: str,
+) -> List[Tensor]:  # noqa: UP006
+    """Return the gradient by every logit: see `reference.pairwise.gradient`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
+    function = select(impl, algorithm, logits, scores).gradient
+    if choose_impl(impl, scores.device) == "triton":
+        return function(batch, weights, positive_grad)
+    return _of_valid(function, batch, (weights, positive_grad))
+
+
+@_operator(_like_logits, _one_by_one("skewed_gradient"))
+def skewed_gradient(
+    logits: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    index: Tensor,
+    scores: Tensor,
+    delta: float,
+    ignore_index: int,
+    groups: Sequence[Tensor],
+    positive_groups: Tensor | None,
+    weights: Tensor,
+    positive_grad: Tensor,
+    powers: Tensor,
+    impl: str,
+) -> List[Tensor]:  # noqa: UP006
+    """Return the gradient by every logit, skewed: see `reference.skewed.gradient`."""
+    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
+    if choose_impl(impl, scores.device) == "triton":
+        kernels = load_kernels("skewed", scores.device)
+        return kernels.gradient(batch, weights, positive_grad, powers)
+    return _of_valid(skewed.gradient, batch, (weights, positive_grad, powers))
+
+
 # Gradients are asked for several at a time by jacobians. "Batched" is the vmap of torch.autograd.
 for _name in ("gradient", "skewed_gradient"):
-    library.register_vmap(f"alrp_triton::{_name}", _one_by_one(_name), lib=_library)
-    library.impl(_library, _name, "Batched")(_one_upstream)
-for _name in ("locate", "count", "sorting_count", "sorting_gradient", "skewed_mass"):
-    library.register_vmap(f"alrp_triton::{_name}", _unbatched, lib=_library)
+    library.impl(_library, _name, "Batched")(_refuse_several)
 
-locate = torch.ops.alrp_triton.locate
-count = torch.ops.alrp_triton.count
-gradient = torch.ops.alrp_triton.gradient
-sorting_count = torch.ops.alrp_triton.sorting_count
-sorting_gradient = torch.ops.alrp_triton.sorting_gradient
-skewed_mass = torch.ops.alrp_triton.skewed_mass
-skewed_gradient = torch.ops.alrp_triton.skewed_gradient
-box_errors = torch.ops.alrp_triton.box_errors
-box_gradient = torch.ops.alrp_triton.box_gradient
+
+def _of_valid(
+    function: Callable[..., list[Tensor]], batch: Batch, vectors: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Call a gradient of the reference, which knows of no padding."""
+    valid = batch.index >= 0
+    if valid.all():
+        return function(batch, *vectors)
+    return function(batch.select(valid), *(x[valid] for x in vectors))
+
+
+def _fake_box_errors(pred: Tensor, target: Tensor, *_: Any) -> Tensor:
+    wide = torch.promote_types(pred.dtype, target.dtype)
+    return pred.new_empty(pred.shape[:1], dtype=torch.promote_types(wide, torch.float32))
+
+
+@_operator(_fake_box_errors, mapped=None)
+def box_errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
+    """Return the localisation error of each pair of boxes."""
+    return load_kernels("boxes", pred.device).errors(pred, target, kind, tau)
+
+
+@_operator(lambda upstream, pred, *_: pred.new_empty(pred.shape), mapped=None)
+def box_gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
+    """Return the gradient of `box_errors` by the predicted boxes."""
+    return load_kernels("boxes", pred.device).gradient(upstream, pred, target, kind, tau)

@@ -8,6 +8,7 @@ are ranked as one list, in turn, and never concatenated.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,37 @@ LARGEST = 2.0**125
 # The half-width of the step: 0, or between these. Within them no reciprocal, no sum with a score
 # and no slope overflows or loses itself in any algorithm, on any backend.
 SMALLEST_DELTA, LARGEST_DELTA = 2.0**-60, 2.0**60
+
+
+class Batch(NamedTuple):
+    """What every count and every gradient takes: the levels, and the positives found in them."""
+
+    logits: Sequence[Tensor]  # levels (B, C, M), any float dtype
+    targets: Sequence[Tensor]  # class indices (B, M), or 1 / 0 / -1 (B, C, M), for each level
+    index: Tensor  # type: ignore[assignment]  # (P,) int64, where the positives stand: see `locate`
+    scores: Tensor  # (P,) their finite scores
+    delta: float  # half-width of the step
+    ignore_index: int  # the class index that takes an anchor out
+    groups: Sequence[Tensor] = ()  # integers in the shapes of the targets: see `positive_groups`
+    positive_groups: Tensor | None = None  # (P,) int64; each sees its own group. None: all are one
+
+    def levels(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield the logits, the targets and the groups, if there are any, of each level."""
+        groups: Sequence[Tensor | None] = self.groups or [None] * len(self.logits)
+        yield from zip(self.logits, self.targets, groups, strict=True)
+
+    def select(self, valid: Tensor) -> Batch:
+        """Return the batch with some of its positives, as a mask (P,) says."""
+        groups = self.positive_groups
+        return self._replace(
+            index=self.index[valid],
+            scores=self.scores[valid],
+            positive_groups=None if groups is None else groups[valid],
+        )
+
+    def without_levels(self) -> Batch:
+        """Return the batch of the positives alone, as a list without negatives."""
+        return self._replace(logits=(), targets=(), groups=())
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -195,13 +227,13 @@ def unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
     return flat, *reversed(coordinates)
 
 
-def write_positives(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> None:
-    """Writes own (P,) into the levels' gradients at the positions `index` (P,), in place."""
+def write_positives(gradients: Sequence[Tensor], index: Tensor, positive_grad: Tensor) -> None:
+    """Write positive_grad (P,) into the gradients at the positions `index` (P,), in place."""
     first = 0
     for out in gradients:
         here = ((index >= first) & (index < first + out.numel())).nonzero()[:, 0]
         at = unravel(index.index_select(0, here) - first, out.shape)
-        out[at] = own.index_select(0, here).to(out.dtype)
+        out[at] = positive_grad.index_select(0, here).to(out.dtype)
         first += out.numel()
 
 

@@ -14,47 +14,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import blocks, exclude_non_negatives, finite, over_classes, write_positives
+from .layout import Batch, blocks, exclude_non_negatives, finite, over_classes, write_positives
 
 # Pairs that are evaluated at once: what bounds the memory.
 PAIRS = 1 << 22
 
 
 def step(x: Tensor, delta: float) -> Tensor:
-    """H(x), Sec. 2.1: x / (2 delta) + 1/2 on [-delta, delta]; [x >= 0] for delta = 0. NaN stays."""
+    """Return H(x), Sec. 2.1: x / (2 delta) + 1/2 within [0, 1]; for delta = 0, [x >= 0] or NaN."""
     if delta == 0:
         return torch.where(x.isnan(), x, (x >= 0).to(x.dtype))
     return (x / (2 * delta) + 0.5).clamp(0, 1)
 
 
-def within(h: Tensor, own_groups: Tensor | None, i: slice, groups: Tensor | None) -> Tensor:
-    """H(x_ij), positives by others, where both are of one group, else 0; a NaN stays anyway."""
-    if own_groups is None:
+def within(h: Tensor, batch: Batch, i: slice, groups: Tensor | None) -> Tensor:
+    """Return H(x_ij), positives by others, where both are of one group, else 0; a NaN stays."""
+    if batch.positive_groups is None:
         return h
-    return h.where((groups == own_groups[i, None]) | h.isnan(), 0)
+    return h.where((groups == batch.positive_groups[i, None]) | h.isnan(), 0)
 
 
-def count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    values: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a positive sees above itself: NFP(i), rank+(i) and S(i).
+def count(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each positive sees above itself: NFP(i), rank+(i) and S(i).
 
     Args:
-        logits: levels (B, C, M), any float dtype.
-        targets: class indices (B, M), or 1 / 0 / -1 (B, C, M).
-        scores: (P,) finite scores of the positives.
+        batch: of P positives, without padding.
         values: (P,) any number for each positive, such as Eloc(k) of aLRP.
-        delta: half-width of the step.
-        ignore_index: the class index that takes an anchor out.
-        groups: integers in the shape of the targets; a positive sees its own group only.
-        own_groups: (P,) int64, the groups of the positives. None: all are one group.
 
     Returns:
         Three (P,) float64 tensors: NFP(i) = sum_{j in N} H(x_ij); rank+(i) = 1 + sum_{k != i}
@@ -64,17 +49,19 @@ def count(
     the positives makes all three NaN for every positive, one among the negatives every NFP, in all
     groups alike. What is ignored is no negative.
     """
+    scores, delta = batch.scores, batch.delta
     nfp = scores.new_zeros(scores.shape, dtype=torch.float64)
     unranked = unordered = scores.isnan().any()
-    for part in negatives_of(logits, targets, ignore_index, groups):
+    for part in negatives_of(batch):
         unordered = unordered | part.scores.isnan().any()
         for i in chunks(scores, part.scores):
             h = step(part.scores - scores[i, None], delta)
-            nfp[i] += within(h, own_groups, i, part.groups).sum(1, dtype=torch.float64)
+            nfp[i] += within(h, batch, i, part.groups).sum(1, dtype=torch.float64)
 
     rank_positive, value_sum = torch.ones_like(nfp), torch.zeros_like(nfp)
     for i in chunks(scores, scores):
-        h = within(step(scores - scores[i, None], delta).double(), own_groups, i, own_groups)
+        h = step(scores - scores[i, None], delta).double()
+        h = within(h, batch, i, batch.positive_groups)
         h.diagonal(i.start).zero_()  # k != i
         rank_positive[i] += h.sum(1)
         value_sum[i] = (h * values.double()).sum(1)
@@ -84,39 +71,27 @@ def count(
     return nfp, rank_positive, value_sum
 
 
-def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> list[Tensor]:
-    """The gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
+def gradient(batch: Batch, weights: Tensor, positive_grad: Tensor) -> list[Tensor]:
+    """Return the gradient by every logit (Eq. 5 and Algorithm 1), in the logits' dtype.
 
     Args:
-        logits: levels, as in `count`; so is all else that stands there too.
-        index: (P,) positions of the positives in the flattened logits of all levels.
+        batch: of P positives, without padding.
         weights: (P,) float64; what positive i lays on a negative j is weights(i) H(x_ij), so
             weights(i) = D(i) / (Z NFP(i)).
-        own: (P,) float64; the gradient by the positives, -D(i) / Z.
+        positive_grad: (P,) float64; the gradient by the positives, -D(i) / Z.
 
     Returns:
-        One tensor a level: sum_i weights(i) H(x_ij) at negatives, own(i) at positives, 0 at
-        ignored.
+        One tensor a level: sum_i weights(i) H(x_ij) at negatives, positive_grad(i) at positives, 0
+        at ignored.
     """
-    gradients = [torch.zeros_like(level) for level in logits]
-    for part in negatives_of(logits, targets, ignore_index, groups):
+    gradients = [torch.zeros_like(level) for level in batch.logits]
+    for part in negatives_of(batch):
         total = part.scores.new_zeros(part.scores.shape, dtype=torch.float64)
-        for i in chunks(scores, part.scores):
-            h = within(step(part.scores - scores[i, None], delta), own_groups, i, part.groups)
-            total += (h * weights[i, None]).sum(0)
+        for i in chunks(batch.scores, part.scores):
+            h = step(part.scores - batch.scores[i, None], batch.delta)
+            total += (within(h, batch, i, part.groups) * weights[i, None]).sum(0)
         part.write(gradients, total)
-    write_positives(gradients, index, own)
+    write_positives(gradients, batch.index, positive_grad)
     return gradients
 
 
@@ -131,30 +106,25 @@ class Negatives(NamedTuple):
     mask: Tensor  # where they are in the part
 
     def write(self, gradients: Sequence[Tensor], total: Tensor) -> None:
-        """Writes their gradient (n,) into that of their level."""
+        """Write their gradient (n,) into that of their level."""
         out = gradients[self.level]
         out[self.rows, :, self.places][self.mask] = total.to(out.dtype)
 
 
-def negatives_of(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    ignore_index: int,
-    groups: Sequence[Tensor],
-) -> Iterator[Negatives]:
-    """The negatives of all levels, part by part."""
-    for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
+def negatives_of(batch: Batch) -> Iterator[Negatives]:
+    """Yield the negatives of all levels, part by part."""
+    for number, (level, target, groups) in enumerate(batch.levels()):
         for rows, places, part, part_targets in blocks(level, target):
             mask = torch.ones_like(part, dtype=torch.bool)
-            exclude_non_negatives(mask, part_targets, ignore_index)
+            exclude_non_negatives(mask, part_targets, batch.ignore_index)
             theirs = None
-            if groups:
-                theirs = over_classes(groups[number][rows, ..., places], part)[mask]
+            if groups is not None:
+                theirs = over_classes(groups[rows, ..., places], part)[mask]
             yield Negatives(finite(part[mask]), theirs, number, rows, places, mask)
 
 
 def chunks(scores: Tensor, others: Tensor) -> Iterator[slice]:
-    """Cuts the positives so that no more than `PAIRS` pairs with `others` are evaluated at once."""
+    """Cut the positives so that no more than `PAIRS` pairs with `others` are evaluated at once."""
     size = max(1, PAIRS // max(1, others.numel()))
     for start in range(0, scores.numel(), size):
         yield slice(start, min(start + size, scores.numel()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from alrp_triton.reference import layout
+from alrp_triton.reference.layout import Batch
 
 IGNORE = -100
 
@@ -36,13 +39,27 @@ def detector_batch(
     return logits, targets
 
 
-def to_levels(logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """What the operators take, from (N, C) logits: levels, their targets, index and scores."""
+def batch_of(
+    logits: list[Tensor], targets: list[Tensor], delta: float = 1.0, groups: Sequence[Tensor] = ()
+) -> Batch:
+    """Return what the operators take, of levels (B, C, M)."""
+    pairs = zip(logits, targets, strict=True)
+    size = sum(int(layout.is_positive(*pair, IGNORE).sum()) for pair in pairs)
+    index, scores = layout.locate(logits, targets, None, size, True, IGNORE)
+    positive_groups = layout.gather(groups, logits, index) if groups else None
+    return Batch(logits, targets, index, scores, delta, IGNORE, groups, positive_groups)
+
+
+def to_batch(logits: Tensor, targets: Tensor, delta: float = 1.0) -> Batch:
+    """Return the same of (N, C) logits."""
     levels = [logits.detach().reshape(*logits.shape, 1)]
-    level_targets = [targets.reshape(-1, 1)]
-    size = int(layout.is_positive(levels[0], level_targets[0], IGNORE).sum())
-    index, scores = layout.locate(levels, level_targets, None, size, True, IGNORE)
-    return levels, level_targets, index, scores
+    return batch_of(levels, [targets.reshape(-1, 1)], delta)
+
+
+def widen(batch: Batch) -> Batch:
+    """Return the batch with logits and scores in float64."""
+    logits = [level.double() for level in batch.logits]
+    return batch._replace(logits=logits, scores=batch.scores.double())
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

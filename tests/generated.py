@@ -52,7 +52,7 @@ ROADS = (
 # Sizes in the code, by module, that are lowered so that small cases lie on both sides of them.
 LOWERED: dict[str, dict[str, tuple[Any, ...]]] = {
     "alrp_triton.reference.breakpoints.sort": {
-        "FEW": (1, 24),
+        "SEARCH_BELOW": (1, 24),
         "CELLS": (16, 64),
         "FEWEST_CELLS": (8, 64),
         "SCORES_PER_CELL": (1, 4),
@@ -61,8 +61,8 @@ LOWERED: dict[str, dict[str, tuple[Any, ...]]] = {
     "alrp_triton.reference.layout": {"CHUNK": (1, 7, 64)},
     "alrp_triton.reference.breakpoints.relevant": {
         "SURVEY": (1, 16, 100),
-        "SCARCE": (0.0, 0.25, 1.0),
-        "MANY": (0.0, 0.05, 1.0),
+        "MAX_SPARSE_RUNS": (0.0, 0.25, 1.0),
+        "MAX_SPARSE_LOGITS": (0.0, 0.05, 1.0),
     },
     "alrp_triton.reference.breakpoints.segments": {"TABLE": (0, 16)},
     "alrp_triton.reference.pairwise": {"PAIRS": (1, 10)},

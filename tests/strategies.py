@@ -55,7 +55,7 @@ SIZES = {
     "kernels' sort._CELLS, rank_sort._SURVEYED": 1 << 8,
     "scan._STRETCH, a tile": 1 << 9,
     "positives._BLOCK": 1 << 10,
-    "sort.FEW": 1 << 14,
+    "sort.SEARCH_BELOW": 1 << 14,
     "sort.CELLS": 1 << 16,
     "layout.CHUNK, sort.CELLS * SCORES_PER_CELL": 1 << 18,
     "relevant.SURVEY": 1 << 21,

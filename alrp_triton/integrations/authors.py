@@ -186,7 +186,7 @@ class RankSort:
         targets = targets.detach()
         ranking = _find(logits, torch.where(targets > 0, 1, targets), delta_RS)
         # The logits' positions are those of the targets. Of padding (-1) nobody asks the quality.
-        quality = targets.reshape(-1)[ranking.index].double()
+        quality = targets.reshape(-1)[ranking.batch.index].double()
         counts = rank_positives(ranking, 1 - quality)
         sorting = sort_positives(ranking, quality, counts)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 BLOCK = 64  # pairs in a program: P is small, so they spread over many processors
 WARPS = 1  # on AMD a pair for each thread, on NVIDIA two
 
-NOTHING = tl.constexpr(2.0**-80)  # see `alrp_triton.boxes`
+MIN_AREA = tl.constexpr(2.0**-80)  # see `alrp_triton.boxes`
 SMALLEST = tl.constexpr(2.0**-30)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
@@ -249,7 +249,7 @@ def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
     on_line = False
     if KIND == "giou":
         hull = _area(sides)
-        on_line = hull < NOTHING  # both boxes, so that lengths take the place of areas
+        on_line = hull < MIN_AREA  # both boxes, so that lengths take the place of areas
         union = tl.where(on_line, _sum(size) + _sum(other_size) - _sum(shared), union)
         hull = tl.where(on_line, _sum(sides), hull)
     iou = _divide(inter, union)
@@ -329,7 +329,7 @@ def _quotient(a, b):
 @triton.jit
 def _divide(a, b):
     """a / b, and 0 where b is next to nothing."""
-    nothing = b < NOTHING
+    nothing = b < MIN_AREA
     return _quotient(tl.where(nothing, 0.0, a), tl.where(nothing, 1.0, b))
 
 
@@ -357,7 +357,7 @@ def _angle(size):
     TERMS: tl.constexpr = 22 if size.dtype == tl.float64 else 10
     width, height = tl.split(size)
     longest = tl.maximum(width, height)
-    point = longest < NOTHING
+    point = longest < MIN_AREA
     scale = _per_power(tl.where(point, 1.0, longest))
     width, height = tl.where(point, 0.0, width * scale), tl.where(point, 1.0, height * scale)
     per_square = tl.where(point, 0.0, scale / (width * width + height * height))

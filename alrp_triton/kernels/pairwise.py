@@ -12,19 +12,18 @@ is as good as float32 allows, at three instructions a pair with the sum. The oth
 
     H = clamp(s_j scale + (1/2 - s_i scale), 0, 1),
 
-takes two, and rounds 1/2 - s_i scale: an error of half a unit in the last place of that number. A
-block of positives takes it where |s_i| scale <= FAST_RANGE in the whole block, so that the error
-stays below 2.4e-7, and the difference elsewhere (small delta, large scores, one of delta exactly;
-float64 always).
+takes two, and rounds 1/2 - s_i scale: an error of half a unit in the last place of that
+number. A block of positives takes it where |s_i| scale <= FAST_RANGE in the whole block, so that
+the error stays below 2.4e-7, and the difference elsewhere (small delta, large scores, one of delta
+exactly; float64 always).
 
 Sums run in float32 over a bounded number of terms, then in float64, always in the same order:
 results repeat bit by bit, whatever the number of programs. Nothing waits for the device: how many
 positives are not padding, and how the logits are shared out, is read there.
 
-With groups, H of a pair of two groups is 0; their lines (`groups`) are compared, a number each.
+With groups, H of a pair of two groups is 0; their segments (`groups`) are compared, a number each.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +31,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.layout import Batch
 from .language import bits_of, jit, nan_maximum, real
-from .positives import write_own
-from .segments import Lines, by_level, lines_of
-from .strided import lay_out, offset_of, origin_of, read_groups, read_logits
+from .positives import write_positive_grads
+from .segments import Segments, by_level, segments_of
+from .strided import (
+    Axes,
+    Extent,
+    Groups,
+    Level,
+    lay_out,
+    offset_of,
+    origin_of,
+    read_groups,
+    read_logits,
+)
 from .tuning.block_sizes import Tiles
-from .tuning.files import tiles_for
+from .tuning.files import kind_of, tiles_for
 
 # How far |s_i| scale may reach in a block of positives that takes the way of two instructions.
 FAST_RANGE = tl.constexpr(4.0)
@@ -56,7 +66,7 @@ _MOST_GROUPED = 64
 # What a block of positives is: how its row of the table is to be read.
 _FAST = tl.constexpr(0)  # 1/2 - s_i scale
 _EXACT = tl.constexpr(1)  # s_i
-_FEW = tl.constexpr(2)  # s_i, and no positive behind the first `FEW` places
+_SMALL = tl.constexpr(2)  # s_i, and no positive end_of_positives the first `SMALL_BLOCK` places
 
 
 @triton.jit
@@ -69,9 +79,9 @@ def step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
 
 
 @triton.jit
-def _shares(last, programs, least_splits, most_splits, BLOCK: tl.constexpr):
+def _shares(valid_end, programs, least_splits, most_splits, BLOCK: tl.constexpr):
     """How the count's work is cut: blocks of positives, and shares of each level's logits."""
-    blocks = tl.cdiv(tl.load(last), BLOCK)
+    blocks = tl.cdiv(tl.load(valid_end), BLOCK)
     splits = tl.minimum(programs // tl.maximum(blocks, 1), most_splits)
     return blocks, tl.maximum(splits, least_splits)
 
@@ -81,12 +91,12 @@ def _prepare_kernel(
     scores,  # (P,) finite, or NaN; -inf for padding
     weights,  # (P,) float64, or None
     table,  # (4, padded): what the pair loop reads of a positive; weights; of a block lowest, mode
-    last,  # (1,) int32, 0: becomes 1 + the last place that is not padding
+    valid_end,  # (1,) int32, 0: becomes 1 + the last place that is not padding
     positives,
     padded: tl.int64,
     scale_bits: tl.int64,
     BLOCK: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_BLOCK: tl.constexpr,
     HARD: tl.constexpr,
 ):
     """Decides how a block of positives is evaluated."""
@@ -103,7 +113,7 @@ def _prepare_kernel(
     # A shift of 0 would keep an H as small as a logit may be, and its reciprocal would overflow.
     fast = (reach <= FAST_RANGE) & (tl.min(tl.where(valid, tl.abs(shift), 1.0), 0) > 0.0)
     mode = tl.where(fast & (not HARD) & (s.dtype == tl.float32), _FAST, _EXACT)
-    mode = tl.where(tl.max((valid & (place >= FEW)).to(tl.int32), 0) > 0, mode, _FEW)
+    mode = tl.where(tl.max((valid & (place >= SMALL_BLOCK)).to(tl.int32), 0) > 0, mode, _SMALL)
     shift = tl.where(mode == _FAST, shift, s)
     # Padding has H = 0 with every logit.
     nothing = tl.where(mode == _FAST, float("-inf"), float("inf"))
@@ -119,13 +129,24 @@ def _prepare_kernel(
         tl.store(table + padded + i, w.to(s.dtype))
     tl.store(table + 2 * padded + block, lowest)
     tl.store(table + 3 * padded + block, mode.to(s.dtype))
-    tl.atomic_max(last, tl.max(tl.where(valid, i + 1, 0), 0).to(tl.int32), sem="relaxed")
+    tl.atomic_max(valid_end, tl.max(tl.where(valid, i + 1, 0), 0).to(tl.int32), sem="relaxed")
+
+
+class Block(NamedTuple):
+    """A block of positives, as the count takes it; not an argument of a launch, see `strided`."""
+
+    table: Any  # see `_prepare_kernel`
+    lowest: Any  # score
+    scale: Any
+    delta: Any
+    segments: Any  # of all positives; None without groups
+    first: Any  # place of its first positive
 
 
 @triton.jit
 def _count_tiles(
     level,
-    lines,
+    segments,
     share,
     block,
     partials,
@@ -141,12 +162,12 @@ def _count_tiles(
 ):
     """Adds the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
     tiles, end = share
-    table, lowest, scale, delta, own_lines, first = block
+    scale, lowest, delta = block.scale, block.lowest, block.delta
     p = tl.arange(0, NUMBER)
-    s = tl.load(table + first + p)
-    own_line = s
-    if own_lines is not None:
-        own_line = tl.load(own_lines + first + p)
+    s = tl.load(block.table + block.first + p)
+    positive_segment = s
+    if block.segments is not None:
+        positive_segment = tl.load(block.segments + block.first + p)
     # Read as a vector: a matrix from computed places Triton 3.6 reads in pieces of a few lanes.
     lane = tl.arange(0, ROWS * LANES)
     nfp = tl.zeros((NUMBER,), tl.float64)
@@ -169,10 +190,10 @@ def _count_tiles(
             # 3. NFP(i) = sum_j H(x_ij), Eq. 3, if there is any x_ij >= -delta at all.
             if tl.max((highest - lowest >= -delta).to(tl.int32), 0) > 0:
                 h = step(v[:, None, :], s[None, :, None], scale, FAST, HARD)
-                if own_lines is not None:
-                    line = read_groups(lines[0], lines[1], level[4], places, WIDE)
-                    line = tl.reshape(line, (ROWS, LANES))
-                    h = tl.where(line[:, None, :] == own_line[None, :, None], h, 0.0)
+                if block.segments is not None:
+                    segment = read_groups(segments, level.origin, places, WIDE)
+                    segment = tl.reshape(segment, (ROWS, LANES))
+                    h = tl.where(segment[:, None, :] == positive_segment[None, :, None], h, 0.0)
                 short += tl.sum(h, 0)
         nfp += tl.sum(short, 1).to(tl.float64)
     nfp = tl.where(tl.max((seen != seen).to(tl.int32), 0) > 0, float("nan"), nfp)
@@ -182,7 +203,7 @@ def _count_tiles(
 @triton.jit
 def _count_block(
     level,
-    lines,
+    segments,
     share,
     block,
     mode,
@@ -191,27 +212,27 @@ def _count_block(
     HARD: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """`_count_tiles` by the way that `_prepare_kernel` chose for the block."""
-    if mode == _FEW:
+    if mode == _SMALL:
         _count_tiles(
-            level, lines, share, block, out, False, FEW, CLASS_AXIS, HARD, WIDE,
+            level, segments, share, block, out, False, SMALL_BLOCK, CLASS_AXIS, HARD, WIDE,
             ROWS, LANES, FOLD, STAGES,
         )  # fmt: skip
     elif mode == _EXACT:
-        if BLOCK > FEW:
+        if BLOCK > SMALL_BLOCK:
             _count_tiles(
-                level, lines, share, block, out, False, BLOCK, CLASS_AXIS, HARD, WIDE,
+                level, segments, share, block, out, False, BLOCK, CLASS_AXIS, HARD, WIDE,
                 ROWS, LANES, FOLD, STAGES,
             )  # fmt: skip
-    elif not HARD and block[1].dtype == tl.float32:
+    elif not HARD and block.lowest.dtype == tl.float32:
         _count_tiles(
-            level, lines, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE,
+            level, segments, share, block, out, True, BLOCK, CLASS_AXIS, HARD, WIDE,
             ROWS, LANES, FOLD, STAGES,
         )  # fmt: skip
 
@@ -220,10 +241,10 @@ def _count_block(
 def _count_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
-    lines,  # likewise, int32; None without groups
+    segments,  # likewise, int32; None without groups
     table,  # (4, padded), of `_prepare_kernel`
-    own_lines,  # (padded,) int32; None without groups
-    last,  # (1,)
+    positive_segments,  # (padded,) int32; None without groups
+    valid_end,  # (1,)
     partials,  # (items, BLOCK) float64, NFP of a block in a share of the logits; is added to
     padded: tl.int64,
     programs,
@@ -240,9 +261,9 @@ def _count_kernel(
     targets_0,
     targets_1,
     targets_2,
-    lines_0,
-    lines_1,
-    lines_2,
+    segments_0,
+    segments_1,
+    segments_2,
     ignore_index,
     delta_bits: tl.int64,
     scale_bits: tl.int64,
@@ -250,7 +271,7 @@ def _count_kernel(
     HARD: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    FEW: tl.constexpr,
+    SMALL_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
@@ -259,27 +280,30 @@ def _count_kernel(
     """NFP(i) of each block of positives in each share of one level's logits."""
     dtype: tl.constexpr = table.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
-    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
-    sizes = (middle, inner, middle_magic, inner_magic)
-    grouping = (lines, (lines_0, lines_1, lines_2))
-    blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
+    extent = Extent(middle, inner, middle_magic, inner_magic)
+    logits_strides = Axes(logits_0, logits_1, logits_2)
+    targets_strides = Axes(targets_0, targets_1, targets_2)
+    grouping = Groups(segments, Axes(segments_0, segments_1, segments_2))
+    blocks, splits = _shares(valid_end, programs, least_splits, most_splits, BLOCK)
     most = tl.cdiv(tl.cdiv(size, ROWS * LANES), splits)  # tiles of a share
     for item in range(tl.program_id(0), blocks * splits, tl.num_programs(0)):
         # 1. A share of the logits. The blocks take turns at it, and so find it in the cache.
         start = tl.cast(item // blocks, tl.int64) * most * (ROWS * LANES)
         end = tl.minimum(size - start, most * (ROWS * LANES)).to(tl.int32)
         share = (tl.cdiv(end, ROWS * LANES), end)
-        origin = origin_of(start, middle, inner)
-        level = (logits, targets, strides, sizes, origin, ignore_index)
+        origin = origin_of(start, extent)
+        level = Level(
+            logits, targets, logits_strides, targets_strides, extent, origin, ignore_index
+        )
 
         # 2. A block of positives.
         this = tl.cast(item % blocks, tl.int64)
         lowest = tl.load(table + 2 * padded + this)
         mode = tl.load(table + 3 * padded + this)
-        block = (table, lowest, scale, delta, own_lines, this * BLOCK)
+        block = Block(table, lowest, scale, delta, positive_segments, this * BLOCK)
         out = partials + tl.cast(item, tl.int64) * BLOCK
         _count_block(
-            level, grouping, share, block, mode, out, CLASS_AXIS, HARD, WIDE, BLOCK, FEW,
+            level, grouping, share, block, mode, out, CLASS_AXIS, HARD, WIDE, BLOCK, SMALL_BLOCK,
             ROWS, LANES, FOLD, STAGES,
         )  # fmt: skip
 
@@ -288,8 +312,8 @@ def _count_kernel(
 def _rank_kernel(
     scores,  # (P,), as in `_prepare_kernel`
     values,  # (P,) float64
-    own_lines,  # (padded,) int32; None without groups
-    last,  # (1,)
+    positive_segments,  # (padded,) int32; None without groups
+    valid_end,  # (1,)
     partials,  # (items, BLOCK) float64, summed over all levels
     nfp,  # (P,) float64, out; so are the next two
     rank_positive,
@@ -311,34 +335,34 @@ def _rank_kernel(
     s_i = tl.where(valid, s_i, float("inf"))
     scale = real(scale_bits, s_i.dtype)
     lane = tl.arange(0, LANES)
-    line_i = i
-    if own_lines is not None:
-        line_i = tl.load(own_lines + i, mask=i < positives, other=-1)
+    segment_i = i
+    if positive_segments is not None:
+        segment_i = tl.load(positive_segments + i, mask=i < positives, other=-1)
 
     # 1. rank+(i) = 1 + sum_{k != i} H(x_ik), Eq. 3; S(i) = sum_{k != i} values(k) H(x_ik), Eq. 10.
     rank = tl.zeros((NUMBER, LANES), tl.float64)
     total = tl.zeros((NUMBER, LANES), tl.float64)
     poison = tl.zeros((LANES,), tl.int32)
-    behind = tl.load(last)
-    for first in range(0, behind, LANES):
+    end_of_positives = tl.load(valid_end)
+    for first in range(0, end_of_positives, LANES):
         k = tl.cast(first, tl.int64) + lane
-        s_k = tl.load(scores + k, mask=k < behind, other=float("-inf"))
-        value = tl.load(values + k, mask=(k < behind) & (s_k != float("-inf")), other=0.0)
+        s_k = tl.load(scores + k, mask=k < end_of_positives, other=float("-inf"))
+        value = tl.load(values + k, mask=(k < end_of_positives) & (s_k != float("-inf")), other=0.0)
         poison |= (s_k != s_k).to(tl.int32)
         h = step(s_k[None, :], s_i[:, None], scale, False, HARD).to(tl.float64)
-        if own_lines is not None:
-            line = tl.load(own_lines + k, mask=k < behind, other=-1)
-            h = tl.where(line[None, :] == line_i[:, None], h, 0.0)
+        if positive_segments is not None:
+            segment = tl.load(positive_segments + k, mask=k < end_of_positives, other=-1)
+            h = tl.where(segment[None, :] == segment_i[:, None], h, 0.0)
         h = tl.where(k[None, :] == i[:, None], 0.0, h)
         rank += h
         total += h * value[None, :]
 
     # 2. NFP(i): the shares in their order.
-    blocks, splits = _shares(last, programs, least_splits, most_splits, BLOCK)
+    blocks, splits = _shares(valid_end, programs, least_splits, most_splits, BLOCK)
     counted = tl.zeros((NUMBER, LANES), tl.float64)
     for first in range(0, splits, LANES):
         item = tl.cast(first + lane, tl.int64)[None, :] * blocks + (i // BLOCK)[:, None]
-        mask = (first + lane < splits)[None, :] & (i < behind)[:, None]
+        mask = (first + lane < splits)[None, :] & (i < end_of_positives)[:, None]
         counted += tl.load(partials + item * BLOCK + (i % BLOCK)[:, None], mask=mask, other=0.0)
 
     # 3. A NaN score leaves no number standing; padding has none.
@@ -352,7 +376,7 @@ def _rank_kernel(
 @triton.jit
 def _add_block(
     v,
-    line,
+    segment,
     block,
     number,
     scale,
@@ -362,14 +386,14 @@ def _add_block(
     FOLD: tl.constexpr,
 ):
     """total, like v, + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
-    table, own_lines, start, padded = block
+    table, positive_segments, start, padded = block
     shift = table + start
     for first in range(0, number, FOLD):
         short = tl.zeros(v.shape, v.dtype)
         for p in tl.static_range(FOLD):
             s, w = tl.load(shift + first + p), tl.load(shift + padded + first + p)
-            if own_lines is not None:
-                w = tl.where(line == tl.load(own_lines + start + first + p), w, 0.0)
+            if positive_segments is not None:
+                w = tl.where(segment == tl.load(positive_segments + start + first + p), w, 0.0)
             short = tl.fma(step(v, s, scale, FAST, HARD), w, short)
         total += short.to(tl.float64)
     return total
@@ -379,10 +403,10 @@ def _add_block(
 def _gradient_kernel(
     logits,  # (outer, middle, inner), one level
     targets,  # the same shape; stride 0 along the classes if they are class indices
-    lines,  # likewise, int32; None without groups
+    segments,  # likewise, int32; None without groups
     table,  # (4, padded), of `_prepare_kernel`
-    own_lines,  # (padded,) int32; None without groups
-    last,  # (1,)
+    positive_segments,  # (padded,) int32; None without groups
+    valid_end,  # (1,)
     out,  # like logits
     padded: tl.int64,
     size: tl.int64,
@@ -396,9 +420,9 @@ def _gradient_kernel(
     targets_0,
     targets_1,
     targets_2,
-    lines_0,
-    lines_1,
-    lines_2,
+    segments_0,
+    segments_1,
+    segments_2,
     out_0,
     out_1,
     out_2,
@@ -417,58 +441,56 @@ def _gradient_kernel(
     dtype: tl.constexpr = table.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     start = tl.cast(tl.program_id(0), tl.int64) * (ROWS * LANES)
-    origin = origin_of(start, middle, inner)
+    extent = Extent(middle, inner, middle_magic, inner_magic)
+    origin = origin_of(start, extent)
 
     # 1. The tile. A NaN goes straight into the sum, since the clamp of H would lose it.
-    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
-    sizes = (middle, inner, middle_magic, inner_magic)
-    level = (logits, targets, strides, sizes, origin, ignore_index)
+    logits_strides = Axes(logits_0, logits_1, logits_2)
+    targets_strides = Axes(targets_0, targets_1, targets_2)
+    level = Level(logits, targets, logits_strides, targets_strides, extent, origin, ignore_index)
     end = tl.minimum(size - start, ROWS * LANES).to(tl.int32)
     local = tl.arange(0, ROWS * LANES)  # a vector, as in `_count_tiles`
     inside = local < end
     v, negative, places = read_logits(level, tl.minimum(local, end - 1), dtype, CLASS_AXIS, WIDE)
-    behind = tl.load(last)
-    total = tl.where(negative & (v != v) & (behind > 0), float("nan"), 0.0).to(tl.float64)
+    end_of_positives = tl.load(valid_end)
+    total = tl.where(negative & (v != v) & (end_of_positives > 0), float("nan"), 0.0).to(tl.float64)
     v = tl.where(negative & inside & (v == v), v, float("-inf"))
     highest = tl.max(v, 0)
-    line = local
-    if lines is not None:
-        line = read_groups(lines, (lines_0, lines_1, lines_2), origin, places, WIDE)
+    segment = local
+    if segments is not None:
+        groups = Groups(segments, Axes(segments_0, segments_1, segments_2))
+        segment = read_groups(groups, origin, places, WIDE)
 
     # 2. Block by block of positives, those that all lie above by more than delta left out.
-    for first in range(0, behind, BLOCK):
-        block = (table, own_lines, first, padded)
+    for first in range(0, end_of_positives, BLOCK):
+        block = (table, positive_segments, first, padded)
         lowest = tl.load(table + 2 * padded + first // BLOCK)
         mode = tl.load(table + 3 * padded + first // BLOCK)
-        number = tl.minimum(behind - first, BLOCK)
-        if lines is not None:  # what is not finite reaches the logits of other groups too
+        number = tl.minimum(end_of_positives - first, BLOCK)
+        if segments is not None:  # what is not finite reaches the logits of other groups too
             total += tl.where(lowest == float("-inf"), float("nan"), 0.0)
         if highest - lowest >= -delta:
             if (not HARD and dtype == tl.float32) and mode == _FAST:
-                total = _add_block(v, line, block, number, scale, total, True, HARD, FOLD)
+                total = _add_block(v, segment, block, number, scale, total, True, HARD, FOLD)
             else:
-                total = _add_block(v, line, block, number, scale, total, False, HARD, FOLD)
+                total = _add_block(v, segment, block, number, scale, total, False, HARD, FOLD)
 
     # 3. Rounded once; by way of float32, as torch rounds to 16 bits.
     total = tl.where(negative, total, 0.0)
-    at = out + origin[0] * out_0 + offset_of(places, out_0, out_1, out_2, WIDE)
+    at = out + origin.outer * out_0 + offset_of(places, Axes(out_0, out_1, out_2), WIDE)
     tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=inside)
 
 
 class _Prepared(NamedTuple):
     table: Tensor  # (4, padded), see `_prepare_kernel`
-    last: Tensor  # (1,) int32
+    valid_end: Tensor  # (1,) int32
     common: dict[str, Any]  # arguments that every kernel takes
 
 
-def choose_tiles(
-    levels: Sequence[Tensor], scores: Tensor, tiles: Tiles | None = None, grouped: bool = False
-) -> Tiles:
-    """The sizes for a call, those of its class if none are given."""
-    if tiles is None:
-        dtype = levels[0].dtype if levels else scores.dtype
-        size = sum(level.numel() for level in levels)
-        tiles = tiles_for(scores.device, dtype, scores.numel(), size)
+def choose_tiles(batch: Batch, tiles: Tiles | None = None) -> Tiles:
+    """Return the sizes for a call, those of its class if none are given."""
+    scores, grouped = batch.scores, batch.positive_groups is not None
+    tiles = tiles or tiles_for(scores.device, *kind_of(batch))
     if scores.dtype == torch.float64:  # no more than registers hold
         return tiles._replace(
             few=min(tiles.few, 2 if grouped else 16),
@@ -478,7 +500,7 @@ def choose_tiles(
             gradient_block=min(tiles.gradient_block, 16),
             gradient_rows=1,
         )
-    if grouped:  # the line of every logit is in a register too
+    if grouped:  # the segment of every logit is in a register too
         return tiles._replace(
             few=min(tiles.few, 16),
             count_block=min(tiles.count_block, _MOST_GROUPED),
@@ -489,20 +511,16 @@ def choose_tiles(
 
 
 def _prepare(
-    scores: Tensor,
-    weights: Tensor | None,
-    lines: Lines | None,
-    delta: float,
-    block: int,
-    few: int,
+    batch: Batch, weights: Tensor | None, segments: Segments | None, block: int, few: int
 ) -> _Prepared:
+    scores, delta = batch.scores, batch.delta
     blocks = triton.cdiv(scores.numel(), block)
     table = scores.new_empty((4, blocks * block))
-    own_lines = None
-    if lines is not None:
-        behind = table.shape[1] - scores.numel()
-        own_lines = torch.nn.functional.pad(lines.own, (0, behind), value=-1)
-    last = torch.zeros(1, dtype=torch.int32, device=scores.device)
+    positive_segments = None
+    if segments is not None:
+        padding = table.shape[1] - scores.numel()
+        positive_segments = torch.nn.functional.pad(segments.positives, (0, padding), value=-1)
+    valid_end = torch.zeros(1, dtype=torch.int32, device=scores.device)
     common = {
         "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
         "HARD": delta == 0,
@@ -512,29 +530,29 @@ def _prepare(
         scores=scores.contiguous(),
         weights=None if weights is None else weights.contiguous(),
         table=table,
-        last=last,
+        valid_end=valid_end,
         positives=scores.numel(),
         padded=table.shape[1],
-        FEW=few,
+        SMALL_BLOCK=few,
         num_warps=1,
         **common,
     )
-    return _Prepared(table, last, {"own_lines": own_lines, **common})
+    return _Prepared(table, valid_end, {"positive_segments": positive_segments, **common})
 
 
 def _of_level(
-    logits: Tensor, targets: Tensor, lines: Tensor | None, out: Tensor | None = None
+    logits: Tensor, targets: Tensor, segments: Tensor | None, out: Tensor | None = None
 ) -> dict[str, Any]:
     """Arguments that describe a level."""
-    layout = lay_out(logits, targets, out, lines)
-    strides = {name.replace("groups", "lines"): x for name, x in layout.strides.items()}
+    layout = lay_out(logits, targets, out, segments)
+    strides = {name.replace("groups", "segments"): x for name, x in layout.strides.items()}
     return {
         "logits": logits,
         "targets": targets,
-        "lines": lines,
-        "lines_0": 0,
-        "lines_1": 0,
-        "lines_2": 0,
+        "segments": segments,
+        "segments_0": 0,
+        "segments_1": 0,
+        "segments_2": 0,
         **layout.sizes,
         **strides,
         "CLASS_AXIS": layout.class_axis,
@@ -543,134 +561,120 @@ def _of_level(
 
 
 def count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    values: Tensor,
-    delta: float,
-    ignore_index: int,
-    tiles: Tiles | None = None,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
+    batch: Batch, values: Tensor, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """NFP(i), rank+(i) and S(i), as `reference.pairwise.count`; scores may hold padding.
+    """Return NFP(i), rank+(i) and S(i), as `reference.pairwise.count`; with padding, if any.
 
     Args:
-        logits, targets, values, delta, ignore_index, groups, own_groups: as there.
-        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+        batch: its scores are -inf for padding, anywhere, and its index -1.
+        values: as there.
         tiles: sizes of the kernels, if not those of the call's class on the device.
 
     Returns:
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
         a NaN score everything.
     """
+    scores = batch.scores
     nfp, rank_positive, value_sum = (
         torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
     )
-    positives = scores.numel()
-    if not positives:
+    if not scores.numel():
         return nfp, rank_positive, value_sum
     with torch.cuda.device_of(scores):
-        tiles = choose_tiles(logits, scores, tiles, own_groups is not None)
-        lines = lines_of(groups, own_groups)
-        table, last, common = _prepare(scores, None, lines, delta, tiles.count_block, tiles.few)
-        lanes = tiles.lanes * tiles.count_warps
-        cut = zip(logits, targets, by_level(lines, logits), strict=True)
-        levels = [level for level in cut if level[0].numel()]
-        longest = max((level[0].numel() for level in levels), default=0)
-        blocks = table.shape[1] // tiles.count_block
-        shares = {
-            "programs": tiles.count_programs,
-            "least_splits": triton.cdiv(longest, 1 << 30),  # places in a share are 32-bit
-            "most_splits": triton.cdiv(longest, tiles.count_rows * lanes),
-        }
-        items = max(tiles.count_programs, blocks * shares["least_splits"])
-        items = min(items, blocks * shares["most_splits"])
-        shape = (items, tiles.count_block)
-        partials = torch.zeros(shape, dtype=torch.float64, device=scores.device)
-        for level in levels:
-            _count_kernel[(items,)](
-                table=table,
-                last=last,
-                partials=partials,
-                padded=table.shape[1],
-                ignore_index=ignore_index,
-                delta_bits=bits_of(delta),
-                **shares,
-                **_of_level(*level),
-                FEW=tiles.few,
-                ROWS=tiles.count_rows,
-                LANES=lanes,
-                FOLD=tiles.count_fold,
-                STAGES=tiles.count_stages,
-                num_warps=tiles.count_warps,
-                **common,
-            )
-        _rank_kernel[(triton.cdiv(positives, _RANKED),)](
+        tiles = choose_tiles(batch, tiles)
+        segments = segments_of(batch)
+        prepared = _prepare(batch, None, segments, tiles.count_block, tiles.few)
+        partials, shares = _count_shares(batch, segments, prepared, tiles)
+        _rank_kernel[(triton.cdiv(scores.numel(), _RANKED),)](
             scores=scores.contiguous(),
             values=values.contiguous(),
-            last=last,
+            valid_end=prepared.valid_end,
             partials=partials,
             nfp=nfp,
             rank_positive=rank_positive,
             value_sum=value_sum,
-            positives=positives,
+            positives=scores.numel(),
             **shares,
             NUMBER=_RANKED,
             LANES=tiles.lanes,
             num_warps=1,
-            **common,
+            **prepared.common,
         )
     return nfp, rank_positive, value_sum
 
 
+def _count_shares(
+    batch: Batch, segments: Segments | None, prepared: _Prepared, tiles: Tiles
+) -> tuple[Tensor, dict[str, int]]:
+    """Count in shares of the logits: NFP of each block in each, and how `_shares` cuts them."""
+    table, device = prepared.table, batch.scores.device
+    lanes = tiles.lanes * tiles.count_warps
+    levels = [level for level in by_level(batch, segments) if level[0].numel()]
+    longest = max((level[0].numel() for level in levels), default=0)
+    blocks = table.shape[1] // tiles.count_block
+    shares = {
+        "programs": tiles.count_programs,
+        "least_splits": triton.cdiv(longest, 1 << 30),  # places in a share are 32-bit
+        "most_splits": triton.cdiv(longest, tiles.count_rows * lanes),
+    }
+    items = max(tiles.count_programs, blocks * shares["least_splits"])
+    items = min(items, blocks * shares["most_splits"])
+    partials = torch.zeros((items, tiles.count_block), dtype=torch.float64, device=device)
+    for level in levels:
+        _count_kernel[(items,)](
+            table=table,
+            valid_end=prepared.valid_end,
+            partials=partials,
+            padded=table.shape[1],
+            ignore_index=batch.ignore_index,
+            delta_bits=bits_of(batch.delta),
+            **shares,
+            **_of_level(*level),
+            SMALL_BLOCK=tiles.few,
+            ROWS=tiles.count_rows,
+            LANES=lanes,
+            FOLD=tiles.count_fold,
+            STAGES=tiles.count_stages,
+            num_warps=tiles.count_warps,
+            **prepared.common,
+        )
+    return partials, shares
+
+
 def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    delta: float,
-    ignore_index: int,
-    tiles: Tiles | None = None,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
+    batch: Batch, weights: Tensor, positive_grad: Tensor, tiles: Tiles | None = None
 ) -> list[Tensor]:
-    """The gradient by every logit, as `reference.pairwise.gradient`; positives may hold padding.
+    """Return the gradient by every logit, as `reference.pairwise.gradient`; with padding, if any.
 
     Args:
-        logits, targets, weights, own, delta, ignore_index, groups, own_groups: as there.
-        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
-        scores: (P,) finite scores of the positives, -inf for padding.
-        tiles: sizes of the kernels, if not those of the call's class on the device.
+        batch, tiles: as in `count`.
+        weights, positive_grad: as there.
     """
-    gradients = [torch.empty_like(level) for level in logits]
-    with torch.cuda.device_of(scores):
-        tiles = choose_tiles(logits, scores, tiles, own_groups is not None)
+    gradients = [torch.empty_like(level) for level in batch.logits]
+    with torch.cuda.device_of(batch.scores):
+        tiles = choose_tiles(batch, tiles)
         block, rows = tiles.gradient_block, tiles.gradient_rows
-        lines = lines_of(groups, own_groups)
-        table, last, common = _prepare(scores, weights, lines, delta, block, tiles.few)
+        segments = segments_of(batch)
+        table, valid_end, common = _prepare(batch, weights, segments, block, tiles.few)
         lanes = tiles.lanes * tiles.gradient_warps
-        fold = min(tiles.gradient_fold, block, _HARD_FOLD if delta == 0 else block)
-        if lines is not None:
+        fold = min(tiles.gradient_fold, block, _HARD_FOLD if batch.delta == 0 else block)
+        if segments is not None:
             fold = min(fold, _GROUPED_FOLD)
-        cut = zip(logits, targets, by_level(lines, logits), gradients, strict=True)
-        for level, target, line, out in cut:
-            if level.numel():
-                _gradient_kernel[(triton.cdiv(level.numel(), rows * lanes),)](
+        for level, out in zip(by_level(batch, segments), gradients, strict=True):
+            if out.numel():
+                _gradient_kernel[(triton.cdiv(out.numel(), rows * lanes),)](
                     table=table,
-                    last=last,
+                    valid_end=valid_end,
                     out=out,
                     padded=table.shape[1],
-                    ignore_index=ignore_index,
-                    delta_bits=bits_of(delta),
-                    **_of_level(level, target, line, out),
+                    ignore_index=batch.ignore_index,
+                    delta_bits=bits_of(batch.delta),
+                    **_of_level(*level, out),
                     ROWS=rows,
                     LANES=lanes,
                     FOLD=fold,
                     num_warps=tiles.gradient_warps,
                     **common,
                 )
-        write_own(gradients, index, own)
+        write_positive_grads(gradients, batch.index, positive_grad)
     return gradients

@@ -350,9 +350,9 @@ _WRITTEN = 256  # positives of a program that writes their own gradient
 
 
 @jit
-def _own_kernel(
+def _positive_grads_kernel(
     index,  # (P,) int64
-    own,  # (P,) float64
+    positive_grad,  # (P,) float64
     out,  # (batch, classes, places), one level
     positives,
     first: tl.int64,
@@ -364,27 +364,27 @@ def _own_kernel(
     out_2: tl.int64,
     LANES: tl.constexpr,
 ):
-    """Writes own(i) where the positive i stands, if that is in the level that begins at `first`."""
+    """Write the gradient of each positive where it stands in the level that begins at `first`."""
     i = tl.cast(tl.program_id(0), tl.int64) * LANES + tl.arange(0, LANES)
     place = tl.load(index + i, mask=i < positives, other=-1) - first
     mask = (place >= 0) & (place < size)
     row = place // places
     at = (row // classes) * out_0 + (row % classes) * out_1 + (place % places) * out_2
-    value = tl.load(own + i, mask=mask)
+    value = tl.load(positive_grad + i, mask=mask)
     if out.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
-def write_own(gradients: Sequence[Tensor], index: Tensor, own: Tensor) -> None:
-    """Writes own (P,) into the levels' gradients at the positions `index` (P,); -1 is padding."""
-    index, own = index.contiguous(), own.contiguous()
+def write_positive_grads(gradients: Sequence[Tensor], index: Tensor, positive_grad: Tensor) -> None:
+    """Write positive_grad (P,) into the gradients at the positions `index` (P,); -1 is padding."""
+    index, positive_grad = index.contiguous(), positive_grad.contiguous()
     first = 0
     for out in gradients:
         if out.numel() and index.numel():
-            _own_kernel[(triton.cdiv(index.numel(), _WRITTEN),)](
+            _positive_grads_kernel[(triton.cdiv(index.numel(), _WRITTEN),)](
                 index=index,
-                own=own,
+                positive_grad=positive_grad,
                 out=out,
                 positives=index.numel(),
                 first=first,

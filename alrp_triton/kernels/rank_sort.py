@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.layout import Batch
 from .language import bits_of, jit, real
 
 _NUMBER = 4  # positives of a program
@@ -140,66 +141,53 @@ def _gradient_kernel(
     tl.store(out + k, tl.where(valid, tl.sum(total, 1), 0.0), mask=k < positives)
 
 
-def count(
-    scores: Tensor,
-    quality: Tensor,
-    values: Tensor,
-    delta: float,
-    own_groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands above each positive, as `reference.sorting.count`; scores may hold padding.
+def count(batch: Batch, quality: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what stands above each positive, as `reference.rank_sort.count`; with padding, if any.
 
     Args:
-        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
-        quality, values, delta, own_groups: as there.
+        batch: its scores are -inf for padding, anywhere.
+        quality, values: as there.
 
     Returns:
         Three (P,) float64 tensors; 0 for padding. A NaN score or quality makes all others NaN.
     """
+    scores = batch.scores
     worse, better, better_values = (torch.empty_like(scores, dtype=torch.float64) for _ in range(3))
     if scores.numel():
         with torch.cuda.device_of(scores):
-            common = _prepare(scores, quality, delta, own_groups)
             _count_kernel[(triton.cdiv(scores.numel(), _NUMBER),)](
                 values=values.contiguous(),
                 worse=worse,
                 better=better,
                 better_values=better_values,
-                **common,
+                **_prepare(batch, quality),
             )
     return worse, better, better_values
 
 
-def gradient(
-    scores: Tensor,
-    quality: Tensor,
-    weights: Tensor,
-    delta: float,
-    own_groups: Tensor | None = None,
-) -> Tensor:
-    """What each positive is laid on, as `reference.sorting.gradient`; scores may hold padding.
+def gradient(batch: Batch, quality: Tensor, weights: Tensor) -> Tensor:
+    """Return what each positive is laid on, as `reference.rank_sort.gradient`; padded or not.
 
     Args:
-        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
-        quality, weights, delta, own_groups: as there.
+        batch: as in `count`.
+        quality, weights: as there.
 
     Returns:
         (P,) float64; 0 for padding.
     """
+    scores = batch.scores
     out = torch.empty_like(scores, dtype=torch.float64)
     if scores.numel():
         with torch.cuda.device_of(scores):
-            common = _prepare(scores, quality, delta, own_groups)
             _gradient_kernel[(triton.cdiv(scores.numel(), _NUMBER),)](
-                weights=weights.contiguous(), out=out, **common
+                weights=weights.contiguous(), out=out, **_prepare(batch, quality)
             )
     return out
 
 
-def _prepare(
-    scores: Tensor, quality: Tensor, delta: float, own_groups: Tensor | None
-) -> dict[str, Any]:
-    """The arguments that both kernels take."""
+def _prepare(batch: Batch, quality: Tensor) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    scores, delta, groups = batch.scores, batch.delta, batch.positive_groups
     positives = {
         "scores": scores.contiguous(),
         "quality": quality.contiguous(),
@@ -213,7 +201,7 @@ def _prepare(
     scale = min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0
     return {
         **positives,
-        "groups": None if own_groups is None else own_groups.contiguous(),
+        "groups": None if groups is None else groups.contiguous(),
         "scale_bits": bits_of(scale),
         "HARD": delta == 0,
         "NUMBER": _NUMBER,

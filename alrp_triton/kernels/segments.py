@@ -1,30 +1,29 @@
-"""Groups as lines: where a logit is ranked, in a number that kernels can index by.
+"""Groups as segments: where a logit is ranked, in a number that kernels can index by.
 
-A positive is ranked among the examples of its own group alone, so each group has a line of scores
-of its own. Groups may be any integers; with the positives sorted by group, a line has the number of
-its first positive. On the line P nobody stands: it is that of every group without a positive.
+A positive is ranked among the examples of its own group alone, so each group has a segment of
+scores of its own. Groups may be any integers; with the positives sorted by group, a segment has the
+number of its first positive. On the segment P nobody stands: it is that of every group without a
+positive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Lines(NamedTuple):
-    """The line of every positive and every logit."""
-
-    own: Tensor  # (P,) int32
-    levels: list[Tensor]  # int32, in the shapes of the targets, with stride 0 where groups have it
+from ..reference.layout import Batch
 
 
-def lines_of(groups: Sequence[Tensor], own_groups: Tensor | None) -> Lines | None:
-    """Looks the groups up; nothing waits for the device.
+class Segments(NamedTuple):
+    """The segment of every positive and every logit."""
 
-    Args:
-        groups: integers in the shapes of the targets, for each level.
-        own_groups: (P,) int64 of the positives; None without groups.
+    positives: Tensor  # (P,) int32
+    levels: Sequence[Tensor]  # int32, like the groups; stride 0 where these have it
+
+
+def segments_of(batch: Batch) -> Segments | None:
+    """Look the groups up; nothing waits for the device.
 
     Returns:
         None without groups, and without positives, whom groups could tell apart.
@@ -32,22 +31,27 @@ def lines_of(groups: Sequence[Tensor], own_groups: Tensor | None) -> Lines | Non
     What `expand` repeats is looked up once: the image of each anchor costs as many numbers as there
     are images.
     """
-    if own_groups is None or own_groups.numel() == 0:
+    groups = batch.positive_groups
+    if groups is None or groups.numel() == 0:
         return None
-    ascending = own_groups.sort().values
-    own = torch.searchsorted(ascending, own_groups, out_int32=True)
-    return Lines(own, [_look_up(level, ascending) for level in groups])
+    ascending = groups.sort().values
+    positives = torch.searchsorted(ascending, groups, out_int32=True)
+    return Segments(positives, [_look_up(level, ascending) for level in batch.groups])
 
 
-def by_level(lines: Lines | None, levels: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The lines of each level's logits; None for each without groups."""
-    return [None] * len(levels) if lines is None else lines.levels
+def by_level(
+    batch: Batch, segments: Segments | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield the logits, the targets and the segments, if there are any, of each level."""
+    if segments is not None:
+        batch = batch._replace(groups=segments.levels)
+    return batch.levels()
 
 
 def _look_up(groups: Tensor, ascending: Tensor) -> Tensor:
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in groups.stride())
     names = groups[once].long().contiguous()
-    line = torch.searchsorted(ascending, names, out_int32=True)
+    segment = torch.searchsorted(ascending, names, out_int32=True)
     last = ascending.numel() - 1
-    known = ascending[line.clamp(max=last)] == names
-    return line.where(known, last + 1).expand(groups.shape)
+    known = ascending[segment.clamp(max=last)] == names
+    return segment.where(known, last + 1).expand(groups.shape)

@@ -6,7 +6,6 @@ A tile of logits whose highest is below the lowest window of a block of positive
 groups, a pair of two groups counts nothing.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.layout import Batch
 from .language import bits_of, jit, real
 from .pairwise import step
-from .positives import write_own
-from .strided import lay_out, offset_of, origin_of, read_groups, read_logits
+from .positives import write_positive_grads
+from .strided import (
+    Axes,
+    Extent,
+    Groups,
+    Level,
+    lay_out,
+    offset_of,
+    origin_of,
+    read_groups,
+    read_logits,
+)
 
 _BLOCK = 1  # positives that meet a tile at once: with more, some compilers spill registers
 _LANES = 128  # logits of a tile
@@ -26,7 +36,7 @@ _PROGRAMS = 4096  # about how many shares the work of `mass` is cut into
 
 
 @triton.jit
-def _read_positives(scores, powers, own_groups, first, positives, BLOCK: tl.constexpr):
+def _read_positives(scores, powers, positive_groups, first, positives, BLOCK: tl.constexpr):
     """A block of positives: scores (inf for padding), powers, groups if any, the lowest score."""
     i = first + tl.arange(0, BLOCK)
     s = tl.load(scores + i, mask=i < positives, other=float("-inf"))
@@ -34,8 +44,8 @@ def _read_positives(scores, powers, own_groups, first, positives, BLOCK: tl.cons
     s = tl.where(valid, s, float("inf"))
     power = tl.load(powers + i, mask=i < positives, other=0.0)
     group = i
-    if own_groups is not None:
-        group = tl.load(own_groups + i, mask=i < positives, other=0)
+    if positive_groups is not None:
+        group = tl.load(positive_groups + i, mask=i < positives, other=0)
     return s, power, group, tl.min(s, 0)
 
 
@@ -50,7 +60,7 @@ def _read_tile(
     nan = negative & (v != v)
     group = inside
     if groups is not None:
-        group = read_groups(groups[0], groups[1], level[4], places, WIDE).to(tl.int64)
+        group = read_groups(groups, level.origin, places, WIDE).to(tl.int64)
     return tl.where(negative & (v == v), v, float("-inf")), nan, group, places
 
 
@@ -75,7 +85,7 @@ def _mass_kernel(
     groups,  # likewise, or None
     scores,  # (P,) finite, or NaN; -inf for padding
     powers,  # (P,) float64
-    own_groups,  # (P,) int64, or None
+    positive_groups,  # (P,) int64, or None
     partials,  # (splits, P) float64, is added to
     positives,
     splits,
@@ -107,20 +117,21 @@ def _mass_kernel(
     scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
     first = tl.program_id(0) * BLOCK
     s, power, own_group, lowest = _read_positives(
-        scores, powers, own_groups, first, positives, BLOCK
+        scores, powers, positive_groups, first, positives, BLOCK
     )
 
     # 1. The share: whole tiles, as many for each.
     most = tl.cdiv(tl.cdiv(size, LANES), splits)
     start = tl.cast(tl.program_id(1), tl.int64) * most * LANES
     end = tl.maximum(tl.minimum(size - start, most * LANES), 0).to(tl.int32)
-    origin = origin_of(start, middle, inner)
-    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
-    sizes = (middle, inner, middle_magic, inner_magic)
-    level = (logits, targets, strides, sizes, origin, ignore_index)
+    extent = Extent(middle, inner, middle_magic, inner_magic)
+    origin = origin_of(start, extent)
+    logits_strides = Axes(logits_0, logits_1, logits_2)
+    targets_strides = Axes(targets_0, targets_1, targets_2)
+    level = Level(logits, targets, logits_strides, targets_strides, extent, origin, ignore_index)
     grouping = None
     if groups is not None:
-        grouping = (groups, (groups_0, groups_1, groups_2))
+        grouping = Groups(groups, Axes(groups_0, groups_1, groups_2))
 
     # 2. Tile by tile. A NaN has no share, and leaves no sum standing.
     total = tl.zeros((BLOCK,), tl.float64)
@@ -147,7 +158,7 @@ def _gradient_kernel(
     groups,
     scores,
     powers,
-    own_groups,
+    positive_groups,
     weights,  # (P,) float64
     out,  # like logits
     positives,
@@ -181,13 +192,14 @@ def _gradient_kernel(
     dtype: tl.constexpr = scores.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
     start = tl.cast(tl.program_id(0), tl.int64) * LANES
-    origin = origin_of(start, middle, inner)
-    strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
-    sizes = (middle, inner, middle_magic, inner_magic)
-    level = (logits, targets, strides, sizes, origin, ignore_index)
+    extent = Extent(middle, inner, middle_magic, inner_magic)
+    origin = origin_of(start, extent)
+    logits_strides = Axes(logits_0, logits_1, logits_2)
+    targets_strides = Axes(targets_0, targets_1, targets_2)
+    level = Level(logits, targets, logits_strides, targets_strides, extent, origin, ignore_index)
     grouping = None
     if groups is not None:
-        grouping = (groups, (groups_0, groups_1, groups_2))
+        grouping = Groups(groups, Axes(groups_0, groups_1, groups_2))
     end = tl.minimum(size - start, LANES).to(tl.int32)
     local = tl.arange(0, LANES)
     v, nan, group, places = _read_tile(level, grouping, local, end, dtype, CLASS_AXIS, WIDE)
@@ -199,7 +211,7 @@ def _gradient_kernel(
     reached = 0
     for first in range(0, positives, BLOCK):
         s, power, own_group, lowest = _read_positives(
-            scores, powers, own_groups, first, positives, BLOCK
+            scores, powers, positive_groups, first, positives, BLOCK
         )
         i = first + tl.arange(0, BLOCK)
         w = tl.load(weights + i, mask=(i < positives) & (s != float("inf")), other=0.0)
@@ -214,20 +226,19 @@ def _gradient_kernel(
     # 2. Rounded once; by way of float32, as torch rounds to 16 bits.
     total = tl.where(nan & (reached > 0), float("nan"), total)
     total = tl.where(negative, total, 0.0)
-    at = out + origin[0] * out_0 + offset_of(places, out_0, out_1, out_2, WIDE)
+    at = out + origin.outer * out_0 + offset_of(places, Axes(out_0, out_1, out_2), WIDE)
     tl.store(at, total.to(dtype).to(out.dtype.element_ty), mask=local < end)
 
 
-def _common(
-    scores: Tensor, powers: Tensor, own_groups: Tensor | None, delta: float, ignore_index: int
-) -> dict[str, Any]:
-    """Arguments that both kernels take."""
+def _common(batch: Batch, powers: Tensor) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    scores, delta, groups = batch.scores, batch.delta, batch.positive_groups
     return {
         "scores": scores.contiguous(),
         "powers": powers.contiguous(),
-        "own_groups": None if own_groups is None else own_groups.contiguous(),
+        "positive_groups": None if groups is None else groups.contiguous(),
         "positives": scores.numel(),
-        "ignore_index": ignore_index,
+        "ignore_index": batch.ignore_index,
         "delta_bits": bits_of(delta),
         "scale_bits": bits_of(min(0.5 / delta, torch.finfo(scores.dtype).max) if delta else 1.0),
         "HARD": delta == 0,
@@ -255,37 +266,28 @@ def _of_level(
     }
 
 
-def mass(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    powers: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> Tensor:
-    """What the shares of a positive's negatives sum to, as `reference.skewed.mass`; with padding.
+def mass(batch: Batch, powers: Tensor) -> Tensor:
+    """Return what the shares of a positive's negatives sum to, as `reference.skewed.mass`.
 
     Args:
-        logits, targets, powers, delta, ignore_index, groups, own_groups: as there.
-        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+        batch: its scores are -inf for padding, anywhere, and its index -1.
+        powers: as there.
 
     Returns:
         (P,) float64; 0 for padding. A NaN among the negatives makes all of it NaN.
     """
-    positives = scores.numel()
+    positives = batch.scores.numel()
     blocks = triton.cdiv(positives, _BLOCK)
-    longest = max((level.numel() for level in logits), default=0)
+    longest = max((level.numel() for level in batch.logits), default=0)
     if not positives or not longest:
         return torch.zeros_like(powers)
     splits = min(triton.cdiv(_PROGRAMS, blocks), triton.cdiv(longest, _LANES), 1 << 15)
     splits = max(splits, triton.cdiv(longest, 1 << 30))  # places in a share are 32-bit
-    partials = torch.zeros((splits, positives), dtype=torch.float64, device=scores.device)
-    common = _common(scores, powers, own_groups, delta, ignore_index)
-    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
-    with torch.cuda.device_of(scores):
-        for level, target, group in zip(logits, targets, level_groups, strict=True):
+    shape = (splits, positives)
+    partials = torch.zeros(shape, dtype=torch.float64, device=batch.scores.device)
+    common = _common(batch, powers)
+    with torch.cuda.device_of(batch.scores):
+        for level, target, group in batch.levels():
             if level.numel():
                 _mass_kernel[(blocks, splits)](
                     partials=partials,
@@ -293,40 +295,26 @@ def mass(
                     **common,
                     **_of_level(level, target, group, None),
                 )
-    return torch.where(scores == -torch.inf, 0.0, partials.sum(0))
+    return torch.where(batch.scores == -torch.inf, 0.0, partials.sum(0))
 
 
-def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    powers: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> list[Tensor]:
-    """The gradient by every logit, as `reference.skewed.gradient`; positives may hold padding.
+def gradient(batch: Batch, weights: Tensor, positive_grad: Tensor, powers: Tensor) -> list[Tensor]:
+    """Return the gradient by every logit, as `reference.skewed.gradient`; with padding, if any.
 
     Args:
-        logits, targets, weights, own, powers, delta, ignore_index, groups, own_groups: as there.
-        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
-        scores: (P,) finite scores of the positives, -inf for padding.
+        batch: as in `mass`.
+        weights, positive_grad, powers: as there.
     """
-    gradients = [torch.empty_like(level) for level in logits]
-    common = _common(scores, powers, own_groups, delta, ignore_index)
-    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
-    with torch.cuda.device_of(scores):
-        for level, target, group, out in zip(logits, targets, level_groups, gradients, strict=True):
-            if level.numel():
-                _gradient_kernel[(triton.cdiv(level.numel(), _LANES),)](
+    gradients = [torch.empty_like(level) for level in batch.logits]
+    common = _common(batch, powers)
+    with torch.cuda.device_of(batch.scores):
+        for level, out in zip(batch.levels(), gradients, strict=True):
+            if out.numel():
+                _gradient_kernel[(triton.cdiv(out.numel(), _LANES),)](
                     weights=weights.contiguous(),
                     out=out,
                     **common,
-                    **_of_level(level, target, group, out),
+                    **_of_level(*level, out),
                 )
-        write_own(gradients, index, own)
+        write_positive_grads(gradients, batch.index, positive_grad)
     return gradients

@@ -1,7 +1,7 @@
 """A level of logits as a kernel reads it, in place, and numbers that no kernel specialises on."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -9,45 +9,93 @@ from torch import Tensor
 
 from .language import divide, finite, magic_of
 
+# What kernels hand on to the functions that they call. The kernels themselves keep flat signatures:
+# Triton specialises on the elements of a tuple that is an argument of a launch.
+
+
+class Axes(NamedTuple):
+    """A number for each axis of a level, in the order of its memory."""
+
+    outer: Any
+    middle: Any
+    inner: Any
+
+
+class Extent(NamedTuple):
+    """How long the inner axes are, and what `language.divide` divides by."""
+
+    middle: Any
+    inner: Any
+    middle_magic: Any
+    inner_magic: Any
+
+
+class Level(NamedTuple):
+    """A level from some logit on."""
+
+    logits: Any
+    targets: Any  # in the shape of the logits; stride 0 along the classes if they are class indices
+    logits_strides: Axes
+    targets_strides: Axes
+    extent: Extent
+    origin: Axes  # of that logit
+    ignore_index: Any
+
+
+class Groups(NamedTuple):
+    """The groups of a level's logits, or their segments."""
+
+    base: Any  # pointer; not "values", which a tuple of Triton's has already
+    strides: Axes
+
 
 @triton.jit
-def origin_of(start, middle, inner):
-    """Where a share of a level begins: (outer, middle, inner) of its logit `start`."""
-    inner = tl.cast(inner, tl.int64)
-    row = tl.cast(middle, tl.int64) * inner
+def origin_of(start, extent):
+    """Where a share of a level begins: the axes of its logit `start`."""
+    inner = tl.cast(extent.inner, tl.int64)
+    row = tl.cast(extent.middle, tl.int64) * inner
     outer = start // row
     rest = start - outer * row
-    return outer, (rest // inner).to(tl.int32), (rest % inner).to(tl.int32)
+    return Axes(outer, (rest // inner).to(tl.int32), (rest % inner).to(tl.int32))
 
 
 @triton.jit
-def offset_of(places, outer, middle, inner, WIDE: tl.constexpr):
+def places_of(local, origin, extent):
+    """The axes of the logits `local` places behind an origin, without a division.
+
+    The outer one counts from the origin.
+    """
+    row, inner = divide((local + origin.inner).to(tl.uint32), extent.inner, extent.inner_magic)
+    row += tl.cast(origin.middle, tl.uint32)
+    outer, middle = divide(row, extent.middle, extent.middle_magic)
+    return Axes(outer.to(tl.int32), middle.to(tl.int32), inner.to(tl.int32))
+
+
+@triton.jit
+def offset_of(places, strides, WIDE: tl.constexpr):
     """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
     o, m, i = places
     if WIDE > 0:
         o = o.to(tl.int64)
     if WIDE > 1:
         m, i = m.to(tl.int64), i.to(tl.int64)
-    return o * outer + (m * middle + i * inner)
+    return o * strides.outer + (m * strides.middle + i * strides.inner)
 
 
 @triton.jit
 def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
     """The logits `local` places behind the origin of a level.
 
-    Returns them upcast and finite but for NaN; which of them are negatives; their places, (outer,
-    middle, inner), of which outer counts from the origin.
+    Returns them upcast and finite but for NaN; which of them are negatives; their places, see
+    `places_of`.
     """
-    logits, targets, strides, sizes, origin, ignore_index = level
-    middle, inner, middle_magic, inner_magic = sizes
-
-    # 1. Where they stand, without a division.
-    row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
-    o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
-    places = (o.to(tl.int32), m.to(tl.int32), i.to(tl.int32))
-    logits, targets = logits + origin[0] * strides[0], targets + origin[0] * strides[3]
-    scores = tl.load(logits + offset_of(places, strides[0], strides[1], strides[2], WIDE))
-    target = tl.load(targets + offset_of(places, strides[3], strides[4], strides[5], WIDE))
+    # 1. Where they stand.
+    outer = level.origin.outer
+    places = places_of(local, level.origin, level.extent)
+    logits = level.logits + outer * level.logits_strides.outer
+    targets = level.targets + outer * level.targets_strides.outer
+    scores = tl.load(logits + offset_of(places, level.logits_strides, WIDE))
+    target = tl.load(targets + offset_of(places, level.targets_strides, WIDE))
 
     # 2. Negative is 0 among targets per logit, another class that is not ignored among indices.
     if CLASS_AXIS == -1:
@@ -57,19 +105,19 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
             target = target.to(tl.int32)
         channel = places[CLASS_AXIS]
         if CLASS_AXIS == 0:
-            channel = origin[0] + channel
-        negative = (target != channel) & (target != ignore_index)
+            channel = outer + channel
+        negative = (target != channel) & (target != level.ignore_index)
     return finite(scores.to(dtype)), negative, places
 
 
 @triton.jit
-def read_groups(groups, strides, origin, places, WIDE: tl.constexpr):
-    """The groups, or lines, of the logits at `places` of `read_logits`."""
-    at = groups + origin[0] * strides[0]
-    return tl.load(at + offset_of(places, strides[0], strides[1], strides[2], WIDE))
+def read_groups(groups, origin, places, WIDE: tl.constexpr):
+    """The groups, or segments, of the logits at `places` of `read_logits`."""
+    at = groups.base + origin.outer * groups.strides.outer
+    return tl.load(at + offset_of(places, groups.strides, WIDE))
 
 
-class Level(NamedTuple):
+class Layout(NamedTuple):
     """A level's axes in the order of its memory: (outer, middle, inner)."""
 
     class_axis: int  # which of them is the class; -1 for targets per logit
@@ -80,7 +128,7 @@ class Level(NamedTuple):
 
 def lay_out(
     logits: Tensor, targets: Tensor, out: Tensor | None = None, groups: Tensor | None = None
-) -> Level:
+) -> Layout:
     """Chooses the order in which a level is read: along its fastest axis.
 
     Args:
@@ -104,7 +152,7 @@ def lay_out(
     }
     middle, inner = (logits.shape[axis] for axis in axes[1:])
     assert max(middle, inner) < 1 << 30, "a level's inner two axes must be shorter than 2^30"
-    return Level(
+    return Layout(
         -1 if targets.dim() == logits.dim() else axes.index(1),
         {
             "size": logits.numel(),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alrp_triton import alrp_loss, backend
 from alrp_triton.reference import breakpoints, layout, pairwise
+from alrp_triton.reference.layout import Batch
 
 from .kernel_tolerance import (
     IGNORE,
@@ -81,12 +82,12 @@ def _draw(size: Size, distribution: str) -> tuple[Tensor, Tensor]:
     return draw_logits(targets, size.classes, distribution), targets
 
 
-def judge(case: Case, kernels: ModuleType) -> dict[str, Any]:
+def verify(case: Case, kernels: ModuleType) -> dict[str, Any]:
     """Holds one count and one gradient to the truth."""
-    reference, tiles = truth_for(case), kernels.choose_tiles(case.logits, case.scores)
+    reference, tiles = truth_for(case), kernels.choose_tiles(case.batch)
     with poisoned():
-        counts = torch.stack(kernels.count(*case.count_input, **case.grouping))
-        gradients = kernels.gradient(*case.gradient_input, **case.grouping)
+        counts = torch.stack(kernels.count(*case.count_input))
+        gradients = kernels.gradient(*case.gradient_input)
     exact = case.expected_count(torch.float64, reference)
     ratios = dict(
         zip(
@@ -104,10 +105,10 @@ def judge(case: Case, kernels: ModuleType) -> dict[str, Any]:
     return verdict(ratios) if shaped else {"ok": False, "why": "shape or dtype of the gradient"}
 
 
-def judge_losses(case: Case, algorithm: str, kernels: ModuleType) -> dict[str, Any]:
+def verify_losses(case: Case, algorithm: str, kernels: ModuleType) -> dict[str, Any]:
     """Holds the values and gradients of the public losses to the truth; no padding here."""
     reference, ratios = truth_for(case), {}
-    tiles = kernels.choose_tiles(case.logits, case.scores)
+    tiles = kernels.choose_tiles(case.batch)
     truth_algorithm = "pairwise" if reference is pairwise else "breakpoints"
     for loss in LOSSES:
         truth = evaluate(loss, case, "torch", truth_algorithm, torch.float64)
@@ -282,26 +283,28 @@ def edge_cases(size: Size, device: torch.device) -> dict[str, Callable[[], Case]
     }
 
 
-def judge_counts_beyond_float32(kernels: ModuleType, number: int, device: torch.device) -> dict:
+def verify_counts_beyond_float32(kernels: ModuleType, number: int, device: torch.device) -> dict:
     """More negatives above a positive than float32 can count, by way of a stride of 0."""
     logits = torch.ones(1, 1, 1, device=device).expand(1, 1, number)
     targets = torch.zeros(1, 1, 1, dtype=torch.int8, device=device).expand(1, 1, number)
     scores = torch.zeros(1, device=device)
-    nfp, _, _ = kernels.count([logits], [targets], scores, scores.double(), 0.0, IGNORE)
+    nothing = scores.long()  # where the positive stands is not looked at
+    batch = Batch([logits], [targets], nothing, scores, 0.0, IGNORE)
+    nfp, _, _ = kernels.count(batch, scores.double())
     return {"ok": nfp.item() == number, "counted": nfp.item(), "of": number}
 
 
-def judge_offsets_beyond_32_bits(kernels: ModuleType, device: torch.device) -> dict[str, Any]:
+def verify_offsets_beyond_32_bits(kernels: ModuleType, device: torch.device) -> dict[str, Any]:
     """A row 2^31 elements behind the first; on a CPU, what is never touched takes no memory."""
     storage = torch.empty((1 << 31) + 64, dtype=torch.bfloat16, device=device)
     logits = storage.as_strided((3, 3, 5), ((1 << 30) + 8, 5, 1))
     torch.manual_seed(0)
     logits.copy_(torch.randn(3, 3, 5))
     targets = torch.tensor([[0, -1, 2, -1, IGNORE]] * 3, device=device)
-    return judge(find([logits], [targets], 1.0), kernels)
+    return verify(find([logits], [targets], 1.0), kernels)
 
 
-def judge_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
+def verify_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
     """A NaN logit gives a NaN loss, unless it is ignored."""
     outcomes = {}
     for name, place, expected in (("negative", 3, True), ("positive", 0, True), ("out", 5, False)):
@@ -314,7 +317,7 @@ def judge_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
     return {"ok": all(outcomes.values()), **outcomes}
 
 
-def judge_nothing_to_rank(algorithm: str, device: torch.device) -> dict[str, Any]:
+def verify_nothing_to_rank(algorithm: str, device: torch.device) -> dict[str, Any]:
     """Without a positive or without a negative: 0, attached, zero gradients."""
     outcomes = []
     for targets in (torch.full((6,), -1), torch.zeros(6).long()):

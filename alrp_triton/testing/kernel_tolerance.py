@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alrp_triton.reference import layout, pairwise
+from alrp_triton.reference.layout import Batch
 
 if TYPE_CHECKING:
     from alrp_triton.kernels.tuning.block_sizes import BreakpointTiles, Tiles
@@ -37,10 +38,10 @@ class Case(NamedTuple):
     scores: Tensor  # (P,), -inf for padding
     values: Tensor  # (P,) float64; so are the next two
     weights: Tensor
-    own: Tensor
+    positive_grad: Tensor
     delta: float
     groups: Sequence[Tensor] = ()  # integers in the shapes of the targets; empty without groups
-    own_groups: Tensor | None = None  # (P,) int64
+    positive_groups: Tensor | None = None  # (P,) int64
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -49,19 +50,28 @@ class Case(NamedTuple):
         return [x for part in parts if isinstance(part, (list, tuple)) for x in part]
 
     @property
-    def grouping(self) -> dict[str, Any]:
-        """The keywords of both."""
-        return {"groups": self.groups, "own_groups": self.own_groups}
+    def batch(self) -> Batch:
+        """The batch that both take."""
+        return Batch(
+            self.logits,
+            self.targets,
+            self.index,
+            self.scores,
+            self.delta,
+            IGNORE,
+            self.groups,
+            self.positive_groups,
+        )
 
     @property
     def count_input(self) -> tuple[Any, ...]:
         """The arguments of `count`."""
-        return self.logits, self.targets, self.scores, self.values, self.delta, IGNORE
+        return self.batch, self.values
 
     @property
     def gradient_input(self) -> tuple[Any, ...]:
         """The arguments of `gradient`."""
-        return (*self._gradient_tensors(), self.delta, IGNORE)
+        return self.batch, self.weights, self.positive_grad
 
     def expected_count(
         self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
@@ -70,12 +80,8 @@ class Case(NamedTuple):
         valid = self.scores != -torch.inf
         counts = torch.zeros(3, valid.numel(), dtype=torch.float64, device=valid.device)
         counts[1] = 1
-        case = self.to(dtype)
-        vectors = case.scores[valid], self.values[valid]
-        settings = self.delta, IGNORE, *self._grouping_of(valid)
-        counts[:, valid] = torch.stack(
-            reference.count(case.logits, self.targets, *vectors, *settings)
-        )
+        batch = self.to(dtype).batch.select(valid)
+        counts[:, valid] = torch.stack(reference.count(batch, self.values[valid]))
         return counts
 
     def expected_gradient(
@@ -83,10 +89,8 @@ class Case(NamedTuple):
     ) -> list[Tensor]:
         """By the reference."""
         valid = self.index >= 0
-        levels, targets, *vectors = self.to(dtype)._gradient_tensors()
-        vectors = [vector[valid] for vector in vectors]
-        settings = self.delta, IGNORE, *self._grouping_of(valid)
-        return reference.gradient(levels, targets, *vectors, *settings)
+        batch = self.to(dtype).batch.select(valid)
+        return reference.gradient(batch, self.weights[valid], self.positive_grad[valid])
 
     def to(self, dtype: torch.dtype | None) -> Case:
         """With finite logits and scores of another dtype."""
@@ -99,26 +103,22 @@ class Case(NamedTuple):
 
     def negatives(self) -> Tensor:
         """The finite scores of the negatives."""
-        parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, ())
+        parts = pairwise.negatives_of(self.batch)
         return torch.cat([self.scores.new_empty(0), *(part.scores for part in parts)])
 
     def groups_of_negatives(self) -> Tensor | None:
         """In the same order."""
-        if self.own_groups is None:
+        if self.positive_groups is None:
             return None
-        parts = pairwise.negatives_of(self.logits, self.targets, IGNORE, self.groups)
-        found = [self.own_groups.new_empty(0)]
-        for part in parts:
+        found = [self.positive_groups.new_empty(0)]
+        for part in pairwise.negatives_of(self.batch):
             assert part.groups is not None  # those of the levels are given
             found.append(part.groups.long())
         return torch.cat(found)
 
-    def _grouping_of(self, valid: Tensor) -> tuple[Any, ...]:
-        """Without padding."""
-        return self.groups, None if self.own_groups is None else self.own_groups[valid]
-
-    def _gradient_tensors(self) -> tuple[Any, ...]:
-        return self.logits, self.targets, self.index, self.scores, self.weights, self.own
+    def groups_of(self, valid: Tensor) -> Tensor | None:
+        """Those of some positives."""
+        return None if self.positive_groups is None else self.positive_groups[valid]
 
 
 def find(
@@ -155,8 +155,8 @@ def find(
 def group(case: Case, groups: Sequence[Tensor]) -> Case:
     """The case with groups, in the shapes of the targets."""
     groups = [level.to(case.scores.device) for level in groups]
-    own_groups = layout.gather(groups, case.logits, case.index)
-    return case._replace(groups=groups, own_groups=own_groups)
+    positive_groups = layout.gather(groups, case.logits, case.index)
+    return case._replace(groups=groups, positive_groups=positive_groups)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -239,7 +239,7 @@ def count_terms(case: Case) -> CountTerms:
     """The costly part of a budget, which a tuner needs once for all candidates."""
     valid = case.scores != -torch.inf
     scores, values, negatives = case.scores[valid], case.values[valid], case.negatives()
-    own_groups, groups_of_negatives = case._grouping_of(valid)[1], case.groups_of_negatives()
+    positive_groups, groups_of_negatives = case.groups_of(valid), case.groups_of_negatives()
     reach = reach_of(case)
     on_slope = case.values.new_zeros(3, valid.numel())
     for row, points, weights in (
@@ -247,9 +247,9 @@ def count_terms(case: Case) -> CountTerms:
         (1, scores, torch.ones_like(values)),
         (2, scores, values),
     ):
-        theirs = groups_of_negatives if row == 0 else own_groups
+        theirs = groups_of_negatives if row == 0 else positive_groups
         on_slope[row, valid] = _sum_within_groups(
-            (points, weights, theirs), (scores, own_groups), reach
+            (points, weights, theirs), (scores, positive_groups), reach
         )
     of_negatives, of_positives = torch_error(case, negatives), torch_error(case, scores)
     errors = on_slope.new_tensor([[of_negatives], [of_positives], [of_positives]])
@@ -283,14 +283,14 @@ def gradient_terms(case: Case) -> list[GradientTerms]:
     """Of each level."""
     valid = case.scores != -torch.inf
     scores, weights, reach = case.scores[valid], case.weights[valid], reach_of(case)
-    own_groups = case._grouping_of(valid)[1]
+    positive_groups = case.groups_of(valid)
     terms = []
     for number, level in enumerate(case.logits):
         finite = layout.finite(level).reshape(-1)
         groups = None
-        if own_groups is not None:
+        if positive_groups is not None:
             groups = layout.over_classes(case.groups[number], level).reshape(-1)
-        on_slope = _sum_within_groups((scores, weights, own_groups), (finite, groups), reach)
+        on_slope = _sum_within_groups((scores, weights, positive_groups), (finite, groups), reach)
         terms.append(GradientTerms(on_slope.reshape(level.shape), torch_error(case, finite)))
     return terms
 

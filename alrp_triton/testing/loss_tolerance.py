@@ -135,10 +135,10 @@ def update_budget(
     # Where not even NFP > least is sure, the whole update of a positive may be there or not, and
     # all of it on one logit.
     unsure = torch.where(nfp.unsure(least), driven.exact + driven.off, 0.0) / positives
-    given = case._replace(weights=weights / positives, own=-driven.exact / positives)
+    given = case._replace(weights=weights / positives, positive_grad=-driven.exact / positives)
     passed = case._replace(
         weights=SECOND_ORDER * d_weights / positives,
-        own=SECOND_ORDER * driven.off / positives + unsure,
+        positive_grad=SECOND_ORDER * driven.off / positives + unsure,
     ).expected_gradient(torch.float64, reference)
     by_logits = []
     budgets = gradient_budget(given, tiles, truth)
@@ -157,7 +157,7 @@ def _by_loc_errors(
 
     The sum is S(k) of the values 1 / rank among the negated scores.
     """
-    turned = case._replace(logits=[], targets=[], scores=-case.scores, values=1 / rank)
+    turned = case._replace(logits=[], targets=[], groups=(), scores=-case.scores, values=1 / rank)
     exact = turned.expected_count(torch.float64, reference)
     off = count_budget(turned, tiles, exact)[2]
     d_values = SECOND_ORDER * d_rank / rank

@@ -76,8 +76,7 @@ def rank_sort_budget(
     d_ranking = (off[0] + ranking * (off[0] + off[1])) / rank
     current = (own + above) / rank_positive
     d_current = (off[2] + current * off[1]) / rank_positive
-    scores = case.scores.double()
-    sums = torch.stack(rank_sort.count(scores, quality, case.values, case.delta))
+    sums = torch.stack(rank_sort.count(case.to(torch.float64).batch, quality, case.values))
     (worse, better, values), d_sums = sums, sorting_count_budget(case, sums)
     target = (own + values) / (itself + better)
     d_target = (d_sums[2] + target * d_sums[1]) / (itself + better)
@@ -107,9 +106,10 @@ def _among_positives(
     weights, d_weights = missorted.per(worse)
     unsure = torch.where(worse.unsure(least), missorted.exact + missorted.off, 0.0)
     scores = case.scores.double()
-    passed = rank_sort.gradient(scores, quality, weights, case.delta)
+    batch = case.to(torch.float64).batch
+    passed = rank_sort.gradient(batch, quality, weights)
     off = sorting_gradient_budget(case._replace(weights=weights), passed)
-    off += rank_sort.gradient(scores, quality, SECOND_ORDER * d_weights, case.delta)
+    off += rank_sort.gradient(batch, quality, SECOND_ORDER * d_weights)
     # Where it is not sure that there is a worse one, all may be laid on any that is not below.
     off += sum_within(scores, unsure, scores, torch.inf, reach_of(case))
     return (off + SECOND_ORDER * missorted.off + unsure) / max(1, scores.numel())

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from alrp_triton.kernels.tuning.block_sizes import DTYPES, BreakpointTiles, Tiles
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts
 from perf import timing
 from perf.autotune.candidates import ALGORITHMS, DTYPE_OF, SIDES
 from perf.autotune.search import captured
@@ -96,25 +96,25 @@ def _time(
     until: float,
 ) -> Timed:
     dtype = DTYPE_OF[call.dtype]
-    judge = Judge(draw_call(call.positives, call.logits, call.stage, dtype, device))
+    verify = Judge(draw_call(call.positives, call.logits, call.stage, dtype, device))
     refused, runs = {}, {}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for algorithm, tiles in tiles_of.items():
         if algorithm == "pairwise" and call.positives * call.logits > _MOST_PAIRS:
             continue
-        reasons = [judge.refuses(side, tiles) for side in SIDES]
+        reasons = [verify.refuses(side, tiles) for side in SIDES]
         if any(reasons):
             refused[algorithm] = next(filter(None, reasons))
             continue
-        run = partial(_forward_backward, judge, tiles)
+        run = partial(_forward_backward, verify, tiles)
         runs[algorithm] = run if pool is None else captured(run, pool)
     seconds = timing.interleave(runs, device, _ROUNDS[device.type], until=until)
     return Timed(call, {name: statistics.median(x) for name, x in seconds.items()}, refused)
 
 
-def _forward_backward(judge: Judge, tiles: Tiles | BreakpointTiles) -> None:
+def _forward_backward(verify: Judge, tiles: Tiles | BreakpointTiles) -> None:
     for side in SIDES:
-        judge.call(side, tiles)
+        verify.call(side, tiles)
 
 
 # --- the fit ------------------------------------------------------------------------------------
@@ -122,11 +122,11 @@ def _forward_backward(judge: Judge, tiles: Tiles | BreakpointTiles) -> None:
 
 def fit(timed: Sequence[Timed]) -> Costs | None:
     """The prices that explain times best; None if there are fewer times than prices."""
-    pairwise = _fit("pairwise", Pairwise.terms, timed)
-    breakpoints = _fit("breakpoints", Breakpoints.terms, timed)
+    pairwise = _fit("pairwise", PairwiseCosts.terms, timed)
+    breakpoints = _fit("breakpoints", BreakpointCosts.terms, timed)
     if pairwise is None or breakpoints is None:
         return None
-    return Costs(Pairwise(*pairwise), Breakpoints(*breakpoints))
+    return Costs(PairwiseCosts(*pairwise), BreakpointCosts(*breakpoints))
 
 
 def _fit(

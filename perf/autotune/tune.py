@@ -112,7 +112,7 @@ def find_in_use(device: torch.device, folder: Path | str | None) -> InUse:
     machine = timing.machine(device)
     defaults = files.defaults_for(device, torch.float32)
     path = files.find_file(machine["device"], None if folder is None else str(folder))
-    of_file = files.NOTHING if path is None else files.read_file(path, defaults)
+    of_file = files.UNTUNED if path is None else files.read_file(path, defaults)
     content = {} if path is None else json.loads(path.read_text())
     content |= {"machine": machine, "date": date.today().isoformat()}
     return InUse(content, of_file, defaults)
@@ -137,8 +137,8 @@ def _tune_sizes(
                 result["left_out"].append(str(goal))
                 continue
             start = _tiles(in_use.tuned, in_use.defaults, goal.dtype, goal.positives, goal.logits)
-            judge = Judge(draw(goal, device))
-            searches = [Search(goal, side, device, judge, examine, until) for side in SIDES]
+            verify = Judge(draw(goal, device))
+            searches = [Search(goal, side, device, verify, examine, until) for side in SIDES]
             entry = _entry(goal, start[goal.algorithm], searches, grids, in_use.entry(goal))
             result["search"] += [_taken_down(x, start[goal.algorithm]) for x in searches]
             if any(side in entry["measured"] for side in SIDES):

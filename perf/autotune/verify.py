@@ -7,7 +7,6 @@ for all candidates.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +54,8 @@ class Judge:
         """Count or gradient by the kernels that take these sizes."""
         kernels = breakpoints if isinstance(tiles, BreakpointTiles) else pairwise
         if side == "count":
-            arguments: tuple[Any, ...] = (*self.case.count_input, tiles)
-            return list(kernels.count(*arguments))
-        arguments = (*self.case.gradient_input, tiles)
-        return kernels.gradient(*arguments)
+            return list(kernels.count(*self.case.count_input, tiles))
+        return kernels.gradient(*self.case.gradient_input, tiles)
 
     def refuses(self, side: str, tiles: Tiles | BreakpointTiles) -> str | None:
         """Runs a candidate twice; why it may not be chosen, or None."""

@@ -17,7 +17,7 @@ from .authors_code import load
 from .real_boxes import coco_images, retinanet_call
 from .report import SUFFIXES, to_markdown, write
 from .run import _MINUTES, _ROUNDS, _TOY, run
-from .targets import STANDARDS, Row, judge, missed, name_of
+from .targets import STANDARDS, Row, missed, name_of, verify
 from .variants import OURS, VARIANTS
 
 
@@ -78,7 +78,7 @@ def main(given: Sequence[str] | None = None) -> int:
     variants = VARIANTS | options.peers
     call = retinanet_call(options.coco, device=options.device)
     report = run(CELLS[options.cells], variants, options.device, options.rounds, until)
-    report["goals"] = judge(report["rows"], STANDARDS[options.cells])
+    report["goals"] = verify(report["rows"], STANDARDS[options.cells])
     report["retinanet"] = call
     print(to_markdown(report))
     for path in write(report, options.out, options.name):

@@ -81,7 +81,7 @@ class Goal(NamedTuple):
     at_least: bool = False  # the bound is; else at most
 
 
-def judge(rows: Sequence[Row], standard: Standard) -> list[dict[str, Any]]:
+def verify(rows: Sequence[Row], standard: Standard) -> list[dict[str, Any]]:
     """Each goal of which something was measured, with the worst that was found."""
     judged = []
     for what, figures, bound, at_least in _goals(rows, standard):

@@ -61,10 +61,10 @@ def parity(context: Context) -> Iterator[Task]:
 
 def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -> dict[str, Any]:
     case = draw()
-    operators = cases.judge(case, kernels)
+    operators = cases.verify(case, kernels)
     if case.groups or (case.index < 0).any():  # which the losses would have to be told of
         return operators
-    losses = cases.judge_losses(case, algorithm, kernels)
+    losses = cases.verify_losses(case, algorithm, kernels)
     ratios = {**operators["error_over_budget"], **losses["error_over_budget"]}
     return {"ok": operators["ok"] and losses["ok"], "error_over_budget": ratios}
 
@@ -77,12 +77,12 @@ def edges(context: Context) -> Iterator[Task]:
             yield Task(f"{algorithm} {name}", partial(_judge_both, draw, algorithm, kernels))
         beyond = (kernels, context.sizes.beyond_float32, context.device)
         for name, call in (
-            ("NaN", partial(cases.judge_nan, algorithm, context.device)),
-            ("nothing", partial(cases.judge_nothing_to_rank, algorithm, context.device)),
-            ("counts beyond 2^24", partial(cases.judge_counts_beyond_float32, *beyond)),
+            ("NaN", partial(cases.verify_nan, algorithm, context.device)),
+            ("nothing", partial(cases.verify_nothing_to_rank, algorithm, context.device)),
+            ("counts beyond 2^24", partial(cases.verify_counts_beyond_float32, *beyond)),
             (
                 "offsets beyond 2^31",
-                partial(cases.judge_offsets_beyond_32_bits, kernels, context.device),
+                partial(cases.verify_offsets_beyond_32_bits, kernels, context.device),
             ),
         ):
             yield Task(f"{algorithm} {name}", call)
@@ -134,7 +134,7 @@ def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
             outcomes[f"{programs} programs"] = same(kernels.count(*case.count_input), counts)
         finally:
             module._count_kernel = launched
-    tiles = kernels.choose_tiles(case.logits, case.scores)
+    tiles = kernels.choose_tiles(case.batch)
     changed = tiles._replace(gradient_rows=tiles.gradient_rows // 2)
     outcomes["gradient tiles"] = same(kernels.gradient(*case.gradient_input, changed), gradients)
     hard = case._replace(delta=0.0)

@@ -1,4 +1,4 @@
-"""How fast the kernels do what they are made of: count between edges, evaluate pairs, sort edges.
+"""How fast the kernels do what they are made of: count between breakpoints, evaluate pairs, sort.
 
 Together with `memory_rates` this is what decides between designs, and is therefore asked first.
 Each result is held to the truth before it is timed; what is timed is replayed as a graph, since the
@@ -16,8 +16,8 @@ import torch
 
 from alrp_triton.kernels import breakpoints, pairwise
 from alrp_triton.kernels.breakpoints.histogram import count_negatives
-from alrp_triton.kernels.breakpoints.sort import sort_edges
-from alrp_triton.testing.kernel_tolerance import IGNORE, Case
+from alrp_triton.kernels.breakpoints.sort import sort_breakpoints
+from alrp_triton.testing.kernel_tolerance import Case
 
 from ..autotune.candidates import SIDES
 from ..autotune.verify import Judge
@@ -31,15 +31,15 @@ _SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction a cl
 
 
 def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Logits a second that are counted between edges; the share that stands above the first."""
+    """Logits counted between breakpoints a second; the share that stands above the first."""
     device = case.scores.device
-    tiles = breakpoints.choose_tiles(case.logits, case.scores)
+    tiles = breakpoints.choose_tiles(case.batch)
     if refused := Judge(case).refuses("count", tiles):
         return {"ok": False, "error": refused}
-    edges = sort_edges(case.scores, case.delta)
+    laid_out = sort_breakpoints(case.scores, case.delta)
 
     def count() -> tuple[torch.Tensor, ...]:
-        return count_negatives(case.logits, case.targets, edges, case.delta, IGNORE, tiles)
+        return count_negatives(case.batch, laid_out, tiles, None)
 
     relevant = float(count()[0].sum())
     seconds = _median(capture(count), device, rounds)
@@ -55,26 +55,26 @@ def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, An
 def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
     """Pairs a second by count and gradient, and the share of all instructions a GPU could issue."""
     device = case.scores.device
-    tiles = pairwise.choose_tiles(case.logits, case.scores)
-    judge = Judge(case)
+    tiles = pairwise.choose_tiles(case.batch)
+    verify = Judge(case)
     pairs = case.scores.numel() * sum(level.numel() for level in case.logits)
     row: dict[str, Any] = {"ok": True}
     for side in SIDES:
-        if refused := judge.refuses(side, tiles):
+        if refused := verify.refuses(side, tiles):
             return {"ok": False, "error": f"{side} {refused}"}
-        call = capture(lambda side=side: judge.call(side, tiles))
+        call = capture(lambda side=side: verify.call(side, tiles))
         rate = pairs / _median(call, device, rounds)
         task = Task(side, str(case.logits[0].dtype).split(".")[1], tiles, target_of(device))
         row |= {f"{side}_pairs_per_second": rate, f"{side}_issued": _issued(task, rate, device)}
     return row
 
 
-def measure_edges(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Seconds until the edges of all positives are sorted, and can be looked up."""
+def measure_sort(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
+    """Seconds until the breakpoints of all positives are sorted, and can be looked up."""
     scores = case.scores.double()
     right = torch.cat([scores - case.delta, scores + case.delta]).sort().values
-    ok = torch.equal(sort_edges(case.scores, case.delta).high, right)
-    sort = capture(lambda: sort_edges(case.scores, case.delta))
+    ok = torch.equal(sort_breakpoints(case.scores, case.delta).high, right)
+    sort = capture(lambda: sort_breakpoints(case.scores, case.delta))
     return {"ok": ok, "seconds": _median(sort, case.scores.device, rounds)}
 
 

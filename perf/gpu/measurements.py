@@ -101,12 +101,12 @@ def _time(
 ) -> dict[str, Any]:
     case = draw()
     call, captured = Call(case, algorithm), Call(case, algorithm)
-    number = case.scores.numel()
+    found = case.logits, case.targets, None, case.scores.numel()
     calls = {
         "forward + backward": call.step,
         "forward": lambda: call.forward(),
         "graph replay": context.capture(captured.step),
-        "locate": lambda: ops.locate(case.logits, case.targets, None, number, True, IGNORE, "auto"),
+        "locate": lambda: ops.locate(*found, True, IGNORE, "auto", "loc_errors"),
         "count": lambda: kernels.count(*case.count_input),
         "gradient": lambda: kernels.gradient(*case.gradient_input),
     }
@@ -163,15 +163,15 @@ def rates(context: Context) -> Iterator[Task]:
     full, many = context.sizes.full, context.sizes.many
     for stage in ("init", "mid", "spread"):
         intervals = partial(of_kernels, kernel_rates.measure_intervals, full, stage)
-        yield Task(f"logits counted between edges, {stage}", intervals)
+        yield Task(f"logits counted between breakpoints, {stage}", intervals)
     for gather in memory_rates.LOOK_UPS:
         name = f"look-ups by {'tl.gather' if gather else 'tl.load'}"
         measure = memory_rates.measure_look_ups
         yield Task(name, partial(measure, device, gather, max(1, programs // 4), repeats, rounds))
     yield Task("pairs, spread", partial(of_kernels, kernel_rates.measure_pairs, full, "spread"))
     for size in (full, many):
-        sort = partial(of_kernels, kernel_rates.measure_edges, size, "mid")
-        yield Task(f"edges of {size.positives:,} positives sorted", sort)
+        sort = partial(of_kernels, kernel_rates.measure_sort, size, "mid")
+        yield Task(f"breakpoints of {size.positives:,} positives sorted", sort)
 
 
 def benchmark(context: Context) -> Iterator[Task]:
@@ -185,7 +185,7 @@ def _benchmark(context: Context) -> dict[str, Any]:
     with _tuned(context):
         report = bench.run(cells, bench.VARIANTS, context.device, rounds, until, progress=False)
     rows = report["rows"]
-    report["goals"] = bench.judge(rows, bench.STANDARDS[context.cells])
+    report["goals"] = bench.verify(rows, bench.STANDARDS[context.cells])
     files = bench.write(report, context.out, BENCHMARK)
     wrong = [row for row in rows if row["variant"] == bench.OURS and not row["parity"]]
     result = {"ok": not wrong, "rows": len(rows), "files": _names(files)}

@@ -165,6 +165,7 @@ def _at_the_end(instruction: Any) -> bool:
 
 def _launch(task: Task):
     from alrp_triton.kernels import breakpoints, pairwise
+    from alrp_triton.reference.layout import Batch
     from perf.machine_code import sass
 
     level = torch.empty(SHAPE, dtype=getattr(torch, task.dtype), device="meta")
@@ -173,11 +174,11 @@ def _launch(task: Task):
     scores, vector = torch.zeros(1000), torch.zeros(1000, dtype=torch.float64)
     kernels = {"pairwise": pairwise, "breakpoints": breakpoints}[task.algorithm]
     with sass.record() as launches:
+        batch = Batch([level], [target], index, scores, 1.0, -100)
         if task.side == "count":
-            kernels.count([level], [target], scores, vector, 1.0, -100, task.tiles)
+            kernels.count(batch, vector, task.tiles)
         else:
-            given = (index, scores, vector, vector)
-            kernels.gradient([level], [target], *given, 1.0, -100, task.tiles)
+            kernels.gradient(batch, vector, vector, task.tiles)
     return next(x for x in launches if x.kernel.fn.__name__ == KERNELS[task.side])
 
 

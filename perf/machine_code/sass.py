@@ -5,7 +5,7 @@ compiles one as Triton's JIT would on the named target; `variant` is the key und
 would look for a compiled kernel. TRITON_INTERPRET must not be set when the kernels are imported.
 
     with record() as launches:
-        pairwise.count(logits, targets, scores, values, 1.0, -100)      # tensors on the CPU
+        pairwise.count(batch, values)      # tensors on the CPU
     code = compile_launch(launches[0], "sm_90")
     code.registers, code.spills, code.loops[-1].instructions
 """
@@ -273,7 +273,7 @@ class _Flow:
         return bodies
 
     def _back_edges(self, entry: int, before: dict[int, list[int]]) -> list[tuple[int, int]]:
-        """Edges to what is still being walked through; fills in what stands before what."""
+        """Breakpoints to what is still being walked through; fills in what stands before what."""
         found: list[tuple[int, int]] = []
         state = {entry: iter(self.next[entry])}
         path, done = [entry], set()

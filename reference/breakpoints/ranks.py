@@ -1,34 +1,32 @@
 """The same numbers as `pairwise` in O((N + P) log P), exact, with torch operators on any device.
 
-H is piecewise linear. Positive i changes its mind about a score s at two edges only: below s_i -
-delta it counts nothing, above s_i + delta it counts one, and between them (its window) it counts
-linearly. Sorting the 2P edges of all positives cuts the line of scores into 2P + 1 intervals, and
-inside one interval all positives are linear at once. So
+H is piecewise linear. Positive i changes its mind about a score s at two breakpoints only: below
+s_i - delta it counts nothing, above s_i + delta it counts one, and between them (its window) it
+counts linearly. Sorting the 2P breakpoints of all positives cuts the line of scores into 2P + 1
+intervals, and inside one interval all positives are linear at once. So
 
 - NFP(i) is the mean over the window of i of G(t) = number of negatives at or above t, since H(x) is
-  the mean of [t <= s]. It needs only how many negatives each interval holds, and the sum of their
-  distances to the interval's lower edge;
+  the mean of [t <= s]. It needs only a histogram: how many negatives each interval holds, and the
+  sum of their distances to the breakpoint at its lower end;
 - the gradient by s_j is a piecewise linear function of s_j: look its interval up, then
-  value + slope * distance to the lower edge.
+  value + slope * distance to that breakpoint.
 
-Two things keep this as accurate as evaluating every pair. No edge is ever rounded (`edges`). And
-all that is summed along the line is non-negative (for non-negative values and weights), over
-windows only, so that nothing large cancels.
+Two things keep this as accurate as evaluating every pair. No breakpoint is ever rounded (`sort`).
+And all that is summed from breakpoint to breakpoint, prefix sums all, is non-negative (for
+non-negative values and weights), over windows only, so that nothing large cancels.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import write_positives
+from ..layout import Batch, write_positives
 from .relevant import Part, survey
-from .sort import Edges, Steps, sort_edges
+from .sort import Breakpoints, Steps, sort_breakpoints
 from .sums import sum_by_place
-from .workspace import Scratch
+from .workspace import Workspace
 
 # Neighbours are counted in so many rows in turn, a power of two. Most fall into the same interval,
 # and a processor waits for a number that it has just written. With more intervals rows cost more
@@ -38,42 +36,32 @@ MOST_IN_LANES = 1 << 12
 
 
 @torch.no_grad()
-def count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    values: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """NFP(i), rank+(i) and S(i): arguments and results of `pairwise.count`."""
+def count(batch: Batch, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return NFP(i), rank+(i) and S(i): arguments and results of `pairwise.count`."""
+    scores, delta = batch.scores, batch.delta
     if scores.numel() == 0:
         empty = scores.new_zeros(0, dtype=torch.float64)
         return empty, empty.clone(), empty.clone()
-    edges, scratch = _sort_edges(logits, scores, delta, own_groups), Scratch()
+    breakpoints, workspace = _sort_breakpoints(batch), Workspace()
     # In rows: the negatives, the positives, and the positives' values.
-    number, distance = scores.new_zeros((2, 3, edges.high.numel()), dtype=torch.float64)
+    number, distance = scores.new_zeros((2, 3, breakpoints.high.numel()), dtype=torch.float64)
     unordered = False
-    if logits:
-        number[0], distance[0], unordered = _sum_negatives(
-            logits, targets, groups, edges, delta, ignore_index, scratch
-        )
-    own_lines = None if edges.lines is None else edges.lines.own
-    interval = edges.look_up(scores, own_lines, scratch)
+    if batch.logits:
+        number[0], distance[0], unordered = _sum_negatives(batch, breakpoints, workspace)
+    segments = None if breakpoints.segments is None else breakpoints.segments.positives
+    interval = breakpoints.look_up(scores, segments, workspace)
     values = torch.stack([torch.ones_like(values), values]).double()
-    offset = _offset(scores, interval, edges, scratch) if delta > 0 else None
+    offset = _offset(scores, interval, breakpoints, workspace) if delta > 0 else None
     for row, value in enumerate(values, start=1):
         number[row] = sum_by_place(value, interval, number.shape[1])
         if offset is not None:
             distance[row] = sum_by_place(value * offset, interval, number.shape[1])
 
-    from_start = edges.sum_from_above(number)
-    means = _window_mean(edges, from_start, number, distance, delta)
+    from_start = breakpoints.sum_from_above(number)
+    means = _window_mean(breakpoints, from_start, number, distance, delta)
     others = means[1:] - values * (1.0 if delta == 0 else 0.5)  # without what i sees of itself
     # Where nobody else stands at or above the window, that must be 0, not its rounding.
-    others.masked_fill_(from_start[1].index_select(0, edges.lower) == 1, 0.0)
+    others.masked_fill_(from_start[1].index_select(0, breakpoints.lower) == 1, 0.0)
 
     # NaN has no place in any order, so it leaves no number standing that it was compared with.
     unranked = scores.isnan().any()
@@ -83,80 +71,60 @@ def count(
 
 
 @torch.no_grad()
-def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
-) -> list[Tensor]:
-    """The gradient by every logit: arguments and results of `pairwise.gradient`."""
-    if scores.numel() == 0:
-        return [torch.zeros_like(level) for level in logits]
-    gradients = [torch.empty_like(level) for level in logits]
-    edges, scratch = _sort_edges(logits, scores, delta, own_groups), Scratch()
-    value, slope = _line(edges, weights.double(), delta)
-    steps = Steps(edges, value.to(gradients[0].dtype))
+def gradient(batch: Batch, weights: Tensor, positive_grad: Tensor) -> list[Tensor]:
+    """Return the gradient by every logit: arguments and results of `pairwise.gradient`."""
+    if batch.scores.numel() == 0:
+        return [torch.zeros_like(level) for level in batch.logits]
+    gradients = [torch.empty_like(level) for level in batch.logits]
+    breakpoints, workspace = _sort_breakpoints(batch), Workspace()
+    value, slope = _linear_pieces(breakpoints, weights.double(), batch.delta)
+    steps = Steps(breakpoints, value.to(gradients[0].dtype))
 
     def evaluate(part: Part, ordered: bool) -> Tensor:
-        looked_up = part.scores, part.lines, scratch, ordered
-        if delta == 0:
+        looked_up = part.scores, part.segments, workspace, ordered
+        if batch.delta == 0:
             return steps(*looked_up)
-        interval = edges.look_up(*looked_up)
-        total = _offset(part.scores, interval, edges, scratch)
-        return total.mul_(_of(slope, interval, scratch)).add_(_of(value, interval, scratch))
+        interval = breakpoints.look_up(*looked_up)
+        total = _offset(part.scores, interval, breakpoints, workspace)
+        return total.mul_(_of(slope, interval, workspace)).add_(_of(value, interval, workspace))
 
-    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
-    for level, target, group, out in zip(logits, targets, level_groups, gradients, strict=True):
-        for block in survey(level, target, group, edges):
+    for level, out in zip(batch.levels(), gradients, strict=True):
+        for block in survey(*level, breakpoints):
             of_block = out[block.where]
             if block.runs is not None:  # parts do not cover it
                 of_block.zero_()
-            for part in block.parts(edges, ignore_index, scratch):
+            for part in block.parts(breakpoints, batch.ignore_index, workspace):
                 part.write(of_block, evaluate(part, block.ordered))
-    write_positives(gradients, index, own)
+    write_positives(gradients, batch.index, positive_grad)
     return gradients
 
 
-def _sort_edges(
-    logits: Sequence[Tensor], scores: Tensor, delta: float, own_groups: Tensor | None
-) -> Edges:
-    return sort_edges(scores, delta, own_groups, sum(level.numel() for level in logits))
+def _sort_breakpoints(batch: Batch) -> Breakpoints:
+    looked_up = sum(level.numel() for level in batch.logits)
+    return sort_breakpoints(batch.scores, batch.delta, batch.positive_groups, looked_up)
 
 
 def _sum_negatives(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    groups: Sequence[Tensor],
-    edges: Edges,
-    delta: float,
-    ignore_index: int,
-    scratch: Scratch,
+    batch: Batch, breakpoints: Breakpoints, workspace: Workspace
 ) -> tuple[Tensor, Tensor, bool]:
-    """How many negatives each interval holds, and the sum of their offsets; whether one is NaN."""
-    size, unordered = edges.high.numel(), False
+    """Return the histogram of the negatives, the sums of their offsets; whether one is NaN."""
+    size, unordered = breakpoints.high.numel(), False
     lanes = LANES if size <= MOST_IN_LANES else 1
-    apart = torch.zeros(0, dtype=torch.int32, device=edges.high.device)
-    number, distance = edges.high.new_zeros((2, lanes * size))
-    level_groups: Sequence[Tensor | None] = groups or [None] * len(logits)
+    apart = torch.zeros(0, dtype=torch.int32, device=breakpoints.high.device)
+    number, distance = breakpoints.high.new_zeros((2, lanes * size))
     surveyed = (
         (part, block.ordered)
-        for level, target, group in zip(logits, targets, level_groups, strict=True)
-        for block in survey(level, target, group, edges)
-        for part in block.parts(edges, ignore_index, scratch)
+        for level in batch.levels()
+        for block in survey(*level, breakpoints)
+        for part in block.parts(breakpoints, batch.ignore_index, workspace)
     )
     for part, ordered in surveyed:
         many = part.scores.numel()
         if many > apart.numel():
             apart = torch.arange(many, dtype=torch.int32, device=apart.device)
             apart.bitwise_and_(lanes - 1).mul_(size)
-        interval = edges.look_up(part.scores, part.lines, scratch, ordered)
-        offset = _offset(part.scores, interval, edges, scratch) if delta > 0 else None
+        interval = breakpoints.look_up(part.scores, part.segments, workspace, ordered)
+        offset = _offset(part.scores, interval, breakpoints, workspace) if batch.delta > 0 else None
         interval.add_(apart[:many])
         number += interval.bincount(minlength=lanes * size)
         if offset is not None:
@@ -165,15 +133,17 @@ def _sum_negatives(
     return number.view(lanes, size).sum(0), distance.view(lanes, size).sum(0), unordered
 
 
-def _of(x: Tensor, interval: Tensor, scratch: Scratch) -> Tensor:
+def _of(x: Tensor, interval: Tensor, workspace: Workspace) -> Tensor:
     """What x (I,) holds of each interval (n,)."""
-    return torch.index_select(x, 0, interval, out=scratch("of interval", interval, x.dtype))
+    return torch.index_select(x, 0, interval, out=workspace("of interval", interval, x.dtype))
 
 
-def _offset(scores: Tensor, interval: Tensor, edges: Edges, scratch: Scratch) -> Tensor:
-    """Float64 distances (n,) to `high` of the interval's lower edge."""
-    offset = scratch("offset", scores, torch.float64).copy_(scores)
-    return offset.sub_(_of(edges.high, interval, scratch))
+def _offset(
+    scores: Tensor, interval: Tensor, breakpoints: Breakpoints, workspace: Workspace
+) -> Tensor:
+    """Float64 distances (n,) to `high` of the interval's lower breakpoint."""
+    offset = workspace("offset", scores, torch.float64).copy_(scores)
+    return offset.sub_(_of(breakpoints.high, interval, workspace))
 
 
 def _along(x: Tensor, interval: Tensor) -> Tensor:
@@ -182,37 +152,39 @@ def _along(x: Tensor, interval: Tensor) -> Tensor:
 
 
 def _window_mean(
-    edges: Edges, from_start: Tensor, number: Tensor, distance: Tensor, delta: float
+    breakpoints: Breakpoints, from_start: Tensor, number: Tensor, distance: Tensor, delta: float
 ) -> Tensor:
     """(..., P) mean over the window of i of G(t), the number of examples at or above t.
 
     Args:
-        edges: of the positives.
+        breakpoints: of the positives.
         from_start: (..., I) number of the examples at or above the start of each interval.
         number: (..., I) number of those in it, or their summed weight.
         distance: (..., I) sum of their distances to `high` of the interval's start.
         delta: half-width of the step.
     """
     if delta == 0:
-        return _along(from_start, edges.lower)
-    inside = torch.addcmul(distance, number, edges.low, value=-1.0)
-    inside.masked_fill_(edges.width == 0, 0.0)
+        return _along(from_start, breakpoints.lower)
+    inside = torch.addcmul(distance, number, breakpoints.low, value=-1.0)
+    inside.masked_fill_(breakpoints.width == 0, 0.0)
     from_end = pad(from_start[..., 1:], (0, 1))
-    area = edges.sum_from_above(from_end.mul_(edges.width).add_(inside))
-    mean = _along(area, edges.lower).sub_(_along(area, edges.upper))
+    area = breakpoints.sum_from_above(from_end.mul_(breakpoints.width).add_(inside))
+    mean = _along(area, breakpoints.lower).sub_(_along(area, breakpoints.upper))
     return mean.div_(2 * delta)
 
 
-def _line(edges: Edges, weights: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+def _linear_pieces(
+    breakpoints: Breakpoints, weights: Tensor, delta: float
+) -> tuple[Tensor, Tensor]:
     """(value at `high` of the start, slope), each (I,), of sum_i weights(i) H(s - s_i)."""
-    change = torch.zeros_like(edges.high).index_copy_(0, edges.lower, weights)
+    change = torch.zeros_like(breakpoints.high).index_copy_(0, breakpoints.lower, weights)
     if delta == 0:
-        return edges.running_sum(change), torch.zeros_like(change)
-    change.index_copy_(0, edges.upper, -weights)
-    slope = (edges.running_sum(change) / (2 * delta)).where(edges.width > 0, 0.0)
-    value = edges.running_sum(slope * edges.width).roll(1)
-    if edges.lines is None:
+        return breakpoints.running_sum(change), torch.zeros_like(change)
+    change.index_copy_(0, breakpoints.upper, -weights)
+    slope = (breakpoints.running_sum(change) / (2 * delta)).where(breakpoints.width > 0, 0.0)
+    value = breakpoints.running_sum(slope * breakpoints.width).roll(1)
+    if breakpoints.segments is None:
         value[0] = 0
     else:
-        value.masked_fill_(edges.lines.before == 0, 0)
-    return value - slope * edges.low, slope
+        value.masked_fill_(breakpoints.segments.before == 0, 0)
+    return value - slope * breakpoints.low, slope

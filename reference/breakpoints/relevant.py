@@ -22,25 +22,25 @@ from ..layout import (
     unravel,
 )
 from .block_maxima import RUN, in_runs, run_maxima, where_in_runs
-from .sort import BELOW_ALL, Edges
-from .workspace import Scratch
+from .sort import BELOW_ALL, Breakpoints
+from .workspace import Workspace
 
 # Logits that are surveyed at once, before any is worked on.
 SURVEY = 1 << 21
 
 # Where no more than this share of the runs hold a relevant logit, these are picked out.
-SCARCE = 0.25
+MAX_SPARSE_RUNS = 0.25
 
 # Elsewhere too, unless more than this share of the logits is relevant: then a block is worked on as
 # a whole.
-MANY = 0.05
+MAX_SPARSE_LOGITS = 0.05
 
 
 class Part(NamedTuple):
     """Some logits of a block."""
 
-    scores: Tensor  # (n,) finite or NaN; what is no negative stands below every edge
-    lines: Tensor | None  # (n,) int64, None without groups
+    scores: Tensor  # (n,) finite or NaN; what is no negative stands below every breakpoint
+    segments: Tensor | None  # (n,) int64, None without groups
     at: tuple[slice | Tensor, ...]  # their place in the block, which may be one piece of it
 
     def write(self, out: Tensor, total: Tensor) -> None:
@@ -62,26 +62,30 @@ class Block(NamedTuple):
     ordered: bool  # whether no logit is NaN
     runs: Tensor | None  # the runs in which a logit is relevant; None if many are
 
-    def parts(self, edges: Edges, ignore_index: int, scratch: Scratch) -> Iterator[Part]:
+    def parts(
+        self, breakpoints: Breakpoints, ignore_index: int, workspace: Workspace
+    ) -> Iterator[Part]:
         """All negatives not wholly below min_P(s) - delta, and where many are, the others too.
 
         Args:
-            edges: of the positives.
+            breakpoints: of the positives.
             ignore_index: of the level.
-            scratch: what a part may stand in, until the next.
+            workspace: what a part may stand in, until the next.
         """
         if self.runs is None:
-            return _by_piece(self, edges, ignore_index, scratch)
-        return _by_run(self, self.runs, edges, ignore_index)
+            return _by_piece(self, breakpoints, ignore_index, workspace)
+        return _by_run(self, self.runs, breakpoints, ignore_index)
 
 
-def survey(logits: Tensor, targets: Tensor, groups: Tensor | None, edges: Edges) -> Iterator[Block]:
+def survey(
+    logits: Tensor, targets: Tensor, groups: Tensor | None, breakpoints: Breakpoints
+) -> Iterator[Block]:
     """Cuts a level into blocks, and finds where in each the relevant logits are."""
     for rows, places, block_logits, block_targets in blocks(logits, targets, SURVEY):
         highest = run_maxima(block_logits.reshape(-1))
         ordered = not highest.amax().isnan()
-        runs = _not_below(highest.to(edges.key.dtype), edges, ordered)
-        many = _are_many(runs, block_logits, edges)
+        runs = _not_below(highest.to(breakpoints.key.dtype), breakpoints, ordered)
+        many = _are_many(runs, block_logits, breakpoints)
         yield Block(
             where=(rows, slice(None), places),
             logits=block_logits,
@@ -92,47 +96,51 @@ def survey(logits: Tensor, targets: Tensor, groups: Tensor | None, edges: Edges)
         )
 
 
-def _are_many(runs: Tensor, logits: Tensor, edges: Edges) -> bool:
+def _are_many(runs: Tensor, logits: Tensor, breakpoints: Breakpoints) -> bool:
     """Whether many logits are relevant, by a sample; given the runs in which some are."""
-    if runs.numel() * RUN <= SCARCE * logits.numel():
+    if runs.numel() * RUN <= MAX_SPARSE_RUNS * logits.numel():
         return False
-    sample = logits.reshape(-1)[::RUN].to(edges.key.dtype)
-    return int((sample >= edges.lowest).count_nonzero()) > MANY * sample.numel()
+    sample = logits.reshape(-1)[::RUN].to(breakpoints.key.dtype)
+    return int((sample >= breakpoints.lowest).count_nonzero()) > MAX_SPARSE_LOGITS * sample.numel()
 
 
-def _by_run(block: Block, runs: Tensor, edges: Edges, ignore_index: int) -> Iterator[Part]:
+def _by_run(
+    block: Block, runs: Tensor, breakpoints: Breakpoints, ignore_index: int
+) -> Iterator[Part]:
     """Where few logits are relevant: picks them out of some runs, then asks what they are."""
     flat = block.logits.reshape(-1)
     for some in runs.split(max(1, layout.CHUNK // RUN)):
-        scores = in_runs(flat, some).to(edges.key.dtype)
-        found = _not_below(scores, edges, block.ordered)
+        scores = in_runs(flat, some).to(breakpoints.key.dtype)
+        found = _not_below(scores, breakpoints, block.ordered)
         if found.numel() == 0:
             continue
         at = unravel(where_in_runs(some, found), block.logits.shape)
         scores = finite(scores.index_select(0, found))
         scores = scores.where(is_negative(at, block.targets, ignore_index), BELOW_ALL)
-        lines = None
+        segments = None
         if block.groups is not None:
-            assert edges.lines is not None  # the positives have groups too
-            lines = edges.lines.of(at_logits(block.groups, at))
-        yield Part(scores, lines, at)
+            assert breakpoints.segments is not None  # the positives have groups too
+            segments = breakpoints.segments.of(at_logits(block.groups, at))
+        yield Part(scores, segments, at)
 
 
-def _by_piece(block: Block, edges: Edges, ignore_index: int, scratch: Scratch) -> Iterator[Part]:
+def _by_piece(
+    block: Block, breakpoints: Breakpoints, ignore_index: int, workspace: Workspace
+) -> Iterator[Part]:
     """Where many are: all logits, a piece of the block at a time."""
     for rows, places, piece, targets in blocks(block.logits, block.targets):
-        scores = scratch("scores", piece, edges.key.dtype)
+        scores = workspace("scores", piece, breakpoints.key.dtype)
         shaped = finite(piece, out=scores.view(piece.shape))
         exclude_non_negatives(shaped, targets, ignore_index, fill=BELOW_ALL)
-        lines = None
+        segments = None
         if block.groups is not None:
-            assert edges.lines is not None  # the positives have groups too
-            lines = edges.lines.of(block.groups[rows, ..., places])
-            lines = over_classes(lines, piece).reshape(-1)
-        yield Part(scores, lines, (rows, slice(None), places))
+            assert breakpoints.segments is not None  # the positives have groups too
+            segments = breakpoints.segments.of(block.groups[rows, ..., places])
+            segments = over_classes(segments, piece).reshape(-1)
+        yield Part(scores, segments, (rows, slice(None), places))
 
 
-def _not_below(x: Tensor, edges: Edges, ordered: bool) -> Tensor:
-    """Which logits x (n,) are not below all edges, int64; NaN is not, if there may be any."""
-    found = x >= edges.lowest if ordered else ~(x < edges.lowest)
+def _not_below(x: Tensor, breakpoints: Breakpoints, ordered: bool) -> Tensor:
+    """Which logits x (n,) are not below all breakpoints, int64; NaN is not, if there may be any."""
+    found = x >= breakpoints.lowest if ordered else ~(x < breakpoints.lowest)
     return found.nonzero()[:, 0]

@@ -26,8 +26,8 @@ def running_sum(x: Tensor) -> Tensor:
 def sum_along(x: Tensor, before: Tensor) -> Tensor:
     """(..., I) running sums that start anew wherever `before` (I,), which counts from there, is 0.
 
-    By doubling: after a round of length n each sum holds the last 2n summands of its line. So
-    nothing of another line is ever added, which would have to be taken away again.
+    By doubling: after a round of length n each sum holds the last 2n summands of its segment. So
+    nothing of another segment is ever added, which would have to be taken away again.
     """
     x = x.clone()
     length = 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Scratch:
+class Workspace:
     """Vectors by name and dtype, each as long as the longest that was asked for.
 
     Fresh memory for every part would cost more than the arithmetic: the system clears it page by

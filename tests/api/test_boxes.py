@@ -24,7 +24,7 @@ from torch import Tensor, library
 
 import alrp_triton
 from alrp_triton import backend
-from alrp_triton.boxes import KINDS, NOTHING, as_corners, box_overlap, localisation_errors
+from alrp_triton.boxes import KINDS, MIN_AREA, as_corners, box_overlap, localisation_errors
 from alrp_triton.testing.box_tolerance import (
     TORCH,
     Backend,
@@ -544,7 +544,7 @@ def test_padding_in_a_static_buffer(backend, kind):
 @every_kind
 def test_tiny_boxes(backend, kind):
     # Around the smallest area that counts, the smallest normal and the smallest subnormal number.
-    sides = [NOTHING**0.5 * s for s in (0.5, 1.0, 2.0)] + [1e-20, 1e-30, 2.0**-126, 1e-45, 1.0]
+    sides = [MIN_AREA**0.5 * s for s in (0.5, 1.0, 2.0)] + [1e-20, 1e-30, 2.0**-126, 1e-45, 1.0]
     corners = [(0, 0, w, h) for w in sides for h in sides] + [(0, 0, 1e4, 1e-34), (-1e-30, 0, 1, 1)]
     boxes = torch.tensor(corners)
     pred, target = boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)

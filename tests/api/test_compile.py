@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from examples import IGNORE, detector_batch, relative_error, to_levels
+from examples import IGNORE, batch_of, detector_batch, relative_error, to_batch
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -43,40 +43,28 @@ def count_compilations():
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 def test_operators(delta, algorithm):
     logits, targets = detector_batch("spread", 60, 4, 9)
-    levels, level_targets, index, scores = to_levels(logits, targets)
+    batch = to_batch(logits, targets, delta)
     values = torch.rand(9, dtype=torch.float64)
-    library.opcheck(ops.locate.default, (levels, level_targets, None, 9, True, IGNORE, "auto"))
-    library.opcheck(ops.locate.default, (levels, level_targets, None, 60, False, IGNORE, "auto"))
-    settings = (delta, IGNORE, "auto", algorithm)
-    library.opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
-    library.opcheck(
-        ops.gradient.default,
-        (levels, level_targets, index, scores, values, values, *settings, [], None),
-    )
+    settings = IGNORE, "auto", "loc_errors"
+    for size, exact in ((9, True), (60, False)):
+        library.opcheck(
+            ops.locate.default, (batch.logits, batch.targets, None, size, exact, *settings)
+        )
+    library.opcheck(ops.count.default, (*batch, values, "auto", algorithm))
+    library.opcheck(ops.gradient.default, (*batch, values, values, "auto", algorithm))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_operators_of_the_family(grouped):
     logits, targets = detector_batch("spread", 60, 4, 9)
-    levels, level_targets, index, scores = to_levels(logits, targets)
+    batch = to_batch(logits, targets)
     values = torch.rand(9, dtype=torch.float64)
-    groups = [torch.arange(60).reshape(60, 1) % 2] if grouped else []
-    own_groups = index % 2 if grouped else None
-    of_levels = ("auto", groups, own_groups)
-    library.opcheck(
-        ops.count.default,
-        (levels, level_targets, scores, values, 1.0, IGNORE, "auto", *of_levels),
-    )
-    library.opcheck(ops.sorting_count.default, (scores, values, values, 1.0, "auto", own_groups))
-    library.opcheck(ops.sorting_gradient.default, (scores, values, values, 1.0, "auto", own_groups))
-    library.opcheck(
-        ops.skewed_mass.default,
-        (levels, level_targets, scores, values, 1.0, IGNORE, *of_levels),
-    )
-    library.opcheck(
-        ops.skewed_gradient.default,
-        (levels, level_targets, index, scores, values, values, values, 1.0, IGNORE, *of_levels),
-    )
+    if grouped:
+        batch = batch_of(batch.logits, batch.targets, 1.0, [torch.arange(60).reshape(60, 1) % 2])
+    library.opcheck(ops.sorting_count.default, (*batch, values, values, "auto"))
+    library.opcheck(ops.sorting_gradient.default, (*batch, values, values, "auto"))
+    library.opcheck(ops.skewed_mass.default, (*batch, values, "auto"))
+    library.opcheck(ops.skewed_gradient.default, (*batch, values, values, values, "auto"))
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
@@ -100,13 +88,9 @@ def test_compiled_rank_sort_in_groups_is_the_same(backend):
 def test_fake_results_have_the_strides_of_real_ones():
     maps = torch.randn(2, 4, 30).transpose(1, 2).contiguous().transpose(1, 2)
     targets = torch.zeros(2, 30, dtype=torch.int64)
-    arguments = ([maps], [targets])
-    index, scores = ops.locate(*arguments, None, 60, True, IGNORE, "auto")
     weights = torch.ones(60, dtype=torch.float64)
-    library.opcheck(
-        ops.gradient.default,
-        (*arguments, index, scores, weights, weights, 1.0, IGNORE, "auto", "auto", [], None),
-    )
+    batch = batch_of([maps], [targets])
+    library.opcheck(ops.gradient.default, (*batch, weights, weights, "auto", "auto"))
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])

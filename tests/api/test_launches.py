@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton import alrp_loss, backend, ops
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts
 from alrp_triton.testing import workloads
 
 triton = pytest.importorskip("triton")
@@ -85,7 +85,7 @@ def train(cell: workloads.Cell, launches: Launches, algorithm: str) -> None:
 
 def test_launches_of_a_large_call(counted: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     """As "auto" chooses there: logits are looked up, and positives compared in pairs."""
-    costs = Costs(Pairwise(0.0, 1.0, 0.0, 0.0), Breakpoints(1.0, 0.0, 0.0))
+    costs = Costs(PairwiseCosts(0.0, 1.0, 0.0, 0.0), BreakpointCosts(1.0, 0.0, 0.0))
     monkeypatch.setattr(backend, "costs_for", lambda device, dtype: costs)
     train(workloads.Cell(8000, 300, "mid"), counted, "auto")
     kernels, operators = counted.numbers

@@ -63,8 +63,16 @@ def test_the_fast_path_takes_the_layout_of_the_specification_and_no_more():
     assert {name for _, name in taken} <= {"alrp_triton.reference"}  # from .. import layout
 
 
-def test_the_kernels_stand_alone():
-    assert offenders("alrp_triton/kernels", "alrp_triton.kernels") == []
+def test_the_kernels_take_what_every_count_is_given_and_no_more():
+    layout = "alrp_triton.reference.layout"
+    assert offenders("alrp_triton/kernels", "alrp_triton.kernels", layout) == []
+    used = {
+        name
+        for names in own_imports("alrp_triton/kernels").values()
+        for name in names
+        if name.startswith(layout)
+    }
+    assert used == {f"{layout}.Batch"}
 
 
 def test_nothing_in_the_package_imports_what_tests_it():

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import HAS_GPU
-from examples import IGNORE, detector_batch, relative_error, to_levels
+from examples import IGNORE, detector_batch, relative_error, to_batch
 from torch import library
 
 from alrp_triton import (
@@ -211,18 +211,15 @@ def test_module_runs_boxes_and_ranking_on_triton():
 
 def test_operators_and_compilation():
     logits, targets, loc_errors = batch()
-    levels, level_targets, index, scores = to_levels(logits, targets)
+    given = to_batch(logits, targets)
     values = loc_errors.double()
+    settings = IGNORE, "triton", "loc_errors"
     for size, exact in ((9, True), (12, False)):
         library.opcheck(
-            ops.locate.default, (levels, level_targets, None, size, exact, IGNORE, "triton")
+            ops.locate.default, (given.logits, given.targets, None, size, exact, *settings)
         )
-    settings = (1.0, IGNORE, "triton", "auto")
-    library.opcheck(ops.count.default, (levels, level_targets, scores, values, *settings, [], None))
-    library.opcheck(
-        ops.gradient.default,
-        (levels, level_targets, index, scores, values, values, *settings, [], None),
-    )
+    library.opcheck(ops.count.default, (*given, values, "triton", "auto"))
+    library.opcheck(ops.gradient.default, (*given, values, values, "triton", "auto"))
 
     def loss(logits, targets, loc_errors):
         cls, loc = alrp_loss(logits, targets, loc_errors, impl="triton")

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from alrp_triton.reference import layout
 from alrp_triton.reference.breakpoints import sort as reference
+from alrp_triton.reference.layout import Batch
 from alrp_triton.testing import kernel_tolerance as budgets
 from alrp_triton.testing.launches import same
 
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("alrp_triton.kernels.breakpoints.ranks")
-edges_module = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
-groups = importlib.import_module("alrp_triton.kernels.segments")
-intervals = importlib.import_module("alrp_triton.kernels.breakpoints.histogram")
-memory = importlib.import_module("alrp_triton.kernels.breakpoints.dense")
+sort = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
+segments_module = importlib.import_module("alrp_triton.kernels.segments")
+histogram = importlib.import_module("alrp_triton.kernels.breakpoints.histogram")
+dense = importlib.import_module("alrp_triton.kernels.breakpoints.dense")
 scan = importlib.import_module("alrp_triton.kernels.breakpoints.scan")
 BreakpointTiles = importlib.import_module("alrp_triton.kernels.tuning.block_sizes").BreakpointTiles
 
@@ -33,21 +34,20 @@ SMALL = BreakpointTiles(
 )
 
 
-# --- edges --------------------------------------------------------------------------------------
+# --- breakpoints ----------------------------------------------------------------------------------
 
 
 @triton.jit
 def _find_kernel(
-    scores, lines, found, keys, table, known, limits, ends, cells, BLOCK: tl.constexpr
+    scores, segments, found, keys, table, flags, limits, ends, cells, BLOCK: tl.constexpr
 ):
     i = tl.arange(0, BLOCK)
     s = tl.load(scores + i)
-    line = tl.load(lines + i)
-    limits = edges_module.read_limits(limits, line)
-    inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-    look_up = (keys, table, tl.load(known + edges_module.HALVINGS), ends, cells)
-    number = edges_module.find(inner, line, limits, look_up)
-    tl.store(found + i, tl.where(s >= limits[0], number, 0))
+    segment = tl.load(segments + i)
+    limits = sort.read_limits(limits, segment)
+    look_up = sort.LookUp(keys, table, tl.load(flags + sort.HALVINGS), ends, cells)
+    number = sort.find(sort.within(s, limits), segment, limits, look_up)
+    tl.store(found + i, tl.where(s >= limits.lowest, number, 0))
 
 
 # Scores as they are drawn, in quarters (ties), all equal, and with some far away.
@@ -63,118 +63,126 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 0.25, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_edges_are_those_of_the_reference(dtype: torch.dtype, delta: float, kind: str) -> None:
+def test_breakpoints_are_those_of_the_reference(
+    dtype: torch.dtype, delta: float, kind: str
+) -> None:
     """Exactly, as is what is found among them."""
     for positives in (2, 7, 40, 130):
         scores = KINDS[kind](2 * torch.randn(positives, dtype=dtype)).to(DEVICE)
-        edges, expected = (
-            edges_module.sort_edges(scores, delta),
-            reference.sort_edges(scores, delta),
+        breakpoints, expected = (
+            sort.sort_breakpoints(scores, delta),
+            reference.sort_breakpoints(scores, delta),
         )
         key, high, low = expected.key, expected.high[1:], expected.low[1:]
         lower, upper = expected.lower - 1, expected.upper - 1
-        if delta == 0:  # one edge a positive there, two here: those at lower places first
+        if delta == 0:  # one breakpoint a positive there, two here: those at lower places first
             key, high, low = (x.repeat_interleave(2) for x in (key, high, low))
             before, equal = (
                 compare(scores, scores[:, None]).sum(1) for compare in (torch.lt, torch.eq)
             )
             lower, upper = lower + before, lower + before + equal
-        assert torch.equal(edges.keys[: 2 * positives], key)
-        assert torch.equal(edges.high, high)
-        assert torch.equal(edges.low, low)
-        back = edges.order.argsort()
-        assert torch.equal(edges.ranks[0][back], lower.int())
-        assert torch.equal(edges.ranks[1][back], upper.int())
+        assert torch.equal(breakpoints.keys[: 2 * positives], key)
+        assert torch.equal(breakpoints.high, high)
+        assert torch.equal(breakpoints.low, low)
+        back = breakpoints.order.argsort()
+        assert torch.equal(breakpoints.ranks[0][back], lower.int())
+        assert torch.equal(breakpoints.ranks[1][back], upper.int())
         if delta > 0:
-            width = (edges.high.diff() + edges.low.diff()) * edges.windows[:-1]
+            width = (breakpoints.high.diff() + breakpoints.low.diff()) * breakpoints.windows[:-1]
             assert torch.equal(width, expected.width[1:-1])
 
         others = 3 * torch.randn(256, dtype=dtype, device=DEVICE)
-        others[:positives] = edges.keys[:positives][:256]
+        others[:positives] = breakpoints.keys[:positives][:256]
         others[-2:] = torch.tensor([-torch.inf, torch.inf])
         found = torch.empty(256, dtype=torch.int32, device=DEVICE)
-        _find_kernel[(1,)](others, torch.zeros_like(found), found, **edges.look_up, BLOCK=256)
+        _find_kernel[(1,)](others, torch.zeros_like(found), found, **breakpoints.look_up, BLOCK=256)
         at = torch.bucketize(layout.finite(others), key, right=True, out_int32=True)
         assert torch.equal(found, at)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0])
-def test_edges_of_groups_are_those_of_each_alone(delta: float) -> None:
-    """Line by line, with padding in one of them; and what is found on a line, others or not."""
+def test_breakpoints_of_groups_are_those_of_each_alone(delta: float) -> None:
+    """With padding in one of them; and what is found in a segment, others or not."""
     scores, own = 2 * torch.randn(90, device=DEVICE), torch.randint(0, 7, (90,), device=DEVICE)
     scores[:3], own[:3] = -torch.inf, 5
-    lines = groups.lines_of([torch.arange(9, device=DEVICE)[:, None] - 1], own)
-    edges = edges_module.sort_edges(scores, delta, lines.own)
+    names = [torch.arange(9, device=DEVICE)[:, None] - 1]
+    given = Batch([], [], own, scores, delta, budgets.IGNORE, names, own)
+    segments = segments_module.segments_of(given)
+    breakpoints = sort.sort_breakpoints(scores, delta, segments.positives)
     others = 3 * torch.randn(256, device=DEVICE)
-    others[:90] = edges.keys[:90]
+    others[:90] = breakpoints.keys[:90]
     for group in range(7):
         mine = own == group
-        alone = edges_module.sort_edges(scores[mine], delta)
+        alone = sort.sort_breakpoints(scores[mine], delta)
         start, number = int((own < group).sum()), int(mine.sum())
-        line = lines.levels[0][group + 1, 0]
-        assert line == start
-        assert edges.ends[line] == start + number
+        segment = segments.levels[0][group + 1, 0]
+        assert segment == start
+        assert breakpoints.ends[segment] == start + number
         at = slice(2 * start, 2 * (start + number))
         for name in ("keys", "high", "low", "windows"):
-            assert torch.equal(getattr(edges, name)[at], getattr(alone, name)[: 2 * number]), name
-        assert torch.equal(edges.limits[line, :3], alone.limits[0, :3])
+            assert torch.equal(
+                getattr(breakpoints, name)[at], getattr(alone, name)[: 2 * number]
+            ), name
+        assert torch.equal(breakpoints.limits[segment, :3], alone.limits[0, :3])
         place = slice(start, start + number)
-        assert torch.equal(edges.ranks[:2, place] - 2 * start, alone.ranks[:2])
-        assert torch.equal(edges.ranks[2:, place] - 3 * start, alone.ranks[2:])
+        assert torch.equal(breakpoints.ranks[:2, place] - 2 * start, alone.ranks[:2])
+        assert torch.equal(breakpoints.ranks[2:, place] - 3 * start, alone.ranks[2:])
         found, expected = torch.empty((2, 256), dtype=torch.int32, device=DEVICE)
-        _find_kernel[(1,)](others, line.expand(256).contiguous(), found, **edges.look_up, BLOCK=256)
+        _find_kernel[(1,)](
+            others, segment.expand(256).contiguous(), found, **breakpoints.look_up, BLOCK=256
+        )
         _find_kernel[(1,)](others, torch.zeros_like(found), expected, **alone.look_up, BLOCK=256)
         assert torch.equal(found, torch.where(expected > 0, expected + 2 * start, 0))
-    nobody = lines.levels[0][[0, 8], 0]
+    nobody = segments.levels[0][[0, 8], 0]
     assert nobody.tolist() == [90, 90]
-    assert edges.limits[90, 0].isnan()
-    assert edges.limits[90, 1:].tolist() == [0, 0, 0]
+    assert breakpoints.limits[90, 0].isnan()
+    assert breakpoints.limits[90, 1:].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_look_up_begins_in_front_of_the_edges(dtype: torch.dtype) -> None:
-    """A NaN leaves its line without limits, and a score then asks the table for any cell."""
+def test_no_look_up_begins_in_front_of_the_breakpoints(dtype: torch.dtype) -> None:
+    """A NaN leaves its segment without limits, and a score then asks the table for any cell."""
     nan = torch.nan
     for scores in ([nan], [nan] * 3, [2.0, 3.0, nan], [-2.0, 3.0, nan], [-torch.inf] * 2, [0.5]):
         given = torch.tensor(scores, dtype=dtype, device=DEVICE)
-        edges = edges_module.sort_edges(given, 1.0)
-        assert edges.table.min() >= 1
-        assert edges.table.max() <= 2 * given.numel()
+        breakpoints = sort.sort_breakpoints(given, 1.0)
+        assert breakpoints.table.min() >= 1
+        assert breakpoints.table.max() <= 2 * given.numel()
 
 
 @pytest.mark.parametrize("positives", [3, 3000])
 def test_no_rounding_leads_behind_the_table(positives: int) -> None:
     """The division of a GPU may be off by two units in the last place, that of a CPU is not."""
-    edges = edges_module.sort_edges(torch.randn(positives, device=DEVICE), 0.5)
-    _, first, last, scale = edges.limits[0].double().tolist()
-    assert (last - first) * scale * (1 + 2.0**-21) < edges.cells * positives - 1
+    breakpoints = sort.sort_breakpoints(torch.randn(positives, device=DEVICE), 0.5)
+    _, first, last, scale = breakpoints.limits[0].double().tolist()
+    assert (last - first) * scale * (1 + 2.0**-21) < breakpoints.cells * positives - 1
 
 
-def test_edges_of_padding_stand_in_front() -> None:
+def test_breakpoints_of_padding_stand_in_front() -> None:
     scores = torch.randn(9, device=DEVICE)
     padded = torch.cat(
         [scores.new_full((3,), -torch.inf), scores, scores.new_full((2,), -torch.inf)]
     )
-    edges = edges_module.sort_edges(padded, 0.5)
-    assert edges.keys[:10].eq(-torch.inf).all()
-    assert torch.equal(edges.keys[10:28], reference.sort_edges(scores, 0.5).key)
-    assert not edges.windows[:10].any()
-    for ranks, number in ((edges.ranks[:2], 28), (edges.ranks[2:], 42)):
+    breakpoints = sort.sort_breakpoints(padded, 0.5)
+    assert breakpoints.keys[:10].eq(-torch.inf).all()
+    assert torch.equal(breakpoints.keys[10:28], reference.sort_breakpoints(scores, 0.5).key)
+    assert not breakpoints.windows[:10].any()
+    for ranks, number in ((breakpoints.ranks[:2], 28), (breakpoints.ranks[2:], 42)):
         expected = torch.arange(number, dtype=torch.int32, device=DEVICE)
         assert torch.equal(ranks.reshape(-1).sort().values, expected)
 
 
 def test_a_nan_among_the_scores_reads_nothing_out_of_bounds() -> None:
     for scores in (torch.tensor([0.0, torch.nan, 1.0]), torch.tensor([torch.nan] * 3)):
-        edges = edges_module.sort_edges(scores.to(DEVICE), 1.0)
-        assert edges.table.ge(0).all()
-        assert edges.table.le(6).all()
-        assert edges.ranks.ge(0).all()
-        assert edges.ranks[:2].lt(6).all()
-        assert edges.ranks[2:].lt(9).all()
+        breakpoints = sort.sort_breakpoints(scores.to(DEVICE), 1.0)
+        assert breakpoints.table.ge(0).all()
+        assert breakpoints.table.le(6).all()
+        assert breakpoints.ranks.ge(0).all()
+        assert breakpoints.ranks[:2].lt(6).all()
+        assert breakpoints.ranks[2:].lt(9).all()
 
 
-# --- sums along the line ------------------------------------------------------------------------
+# --- prefix sums ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -194,8 +202,8 @@ def test_integral_over_stretches(
     nothing = high.new_zeros(1)
     distance = torch.cat([distance, nothing] if backward else [nothing, distance])
 
-    def in_order(line: Tensor) -> Tensor:
-        return line.flip(-1) if backward else line
+    def in_order(segment: Tensor) -> Tensor:
+        return segment.flip(-1) if backward else segment
 
     expected = in_order(in_order(jump).cumsum(1))
     torch.testing.assert_close(running, expected, rtol=1e-14, atol=0)
@@ -206,10 +214,10 @@ def test_integral_over_stretches(
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("each", [2, 3])
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [3, 1, 7, 2], [14, 1, 60], [1, 9, 1, 1, 30]])
-def test_integral_starts_anew_with_each_line(
+def test_integral_starts_anew_with_each_segment(
     lengths: list[int], each: int, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit by bit what it is alone, next to lines of huge numbers, wherever stretches begin."""
+    """Bit by bit what it is alone, next to segments of huge numbers, wherever stretches begin."""
     monkeypatch.setattr(scan, "_STRETCH", 8)
     monkeypatch.setattr(scan, "_BEFORE", 4)
     sizes = torch.tensor(lengths)
@@ -225,77 +233,79 @@ def test_integral_starts_anew_with_each_line(
     low = torch.zeros_like(high)
     got = scan.integrate(jump, more, high, low, windows, bounds, each=each, backward=backward)
     for end, size in zip(ends.tolist(), lengths, strict=True):
-        line = slice(each * (end - size), each * end)
-        distance = high[line].diff() * windows[line][:-1]
+        segment = slice(each * (end - size), each * end)
+        distance = high[segment].diff() * windows[segment][:-1]
         nothing = high.new_zeros(1)
         distance = torch.cat([distance, nothing] if backward else [nothing, distance])
-        u, d, m = (x.flip(-1) if backward else x for x in (jump[0, line], distance, more[0, line]))
+        u, d, m = (
+            x.flip(-1) if backward else x for x in (jump[0, segment], distance, more[0, segment])
+        )
         running = u.cumsum(0)
         integral = ((running - u) * d + m).cumsum(0)
         for x, expected in zip(got, (running, integral), strict=True):
-            mine = x[0, line].flip(-1) if backward else x[0, line]
+            mine = x[0, segment].flip(-1) if backward else x[0, segment]
             torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
 
 
-# --- words --------------------------------------------------------------------------------------
+# --- bins ---------------------------------------------------------------------------------------
 
 
 @given(
     logits=st.integers(1, 1 << 37),
-    words=st.integers(2, 400_000),
+    bins=st.integers(2, 400_000),
     slack=st.integers(1, 1 << 20),
     lanes=st.sampled_from([32, 64]),
 )
-def test_no_field_of_a_word_can_overflow(logits: int, words: int, slack: int, lanes: int) -> None:
-    packing = intervals.pack(logits, words, slack, lanes)
-    most = logits // packing.copies + slack
+def test_no_field_of_a_bin_can_overflow(logits: int, bins: int, slack: int, lanes: int) -> None:
+    packing = histogram.pack(logits, bins, slack, lanes)
+    most = logits // packing.replicas + slack
     assert most << packing.bits < 1 << (packing.shift - 1)  # distances, taken away or added
     assert most < 1 << (63 - packing.shift)  # the number
     assert 16 <= packing.bits <= 24
-    assert packing.copies % lanes == 0
-    assert packing.copies & (packing.copies - 1) == 0
+    assert packing.replicas % lanes == 0
+    assert packing.replicas & (packing.replicas - 1) == 0
 
 
-@pytest.mark.parametrize(("positives", "copies", "bits"), [(1000, 64, 24), (50_000, 32, 22)])
-def test_words_of_a_large_call(positives: int, copies: int, bits: int) -> None:
+@pytest.mark.parametrize(("positives", "replicas", "bits"), [(1000, 64, 24), (50_000, 32, 22)])
+def test_bins_of_a_large_call(positives: int, replicas: int, bits: int) -> None:
     """At 20.95 million logits, in at most 2 % of their memory and 32 MB."""
     level = torch.empty(1, device="meta").expand(8, 80, 32_736)
-    packing = intervals.pack_levels([level], 2 * positives, BreakpointTiles())
-    assert (packing.copies, packing.bits) == (copies, bits)
-    assert 2 * positives * packing.copies * 8 <= 0.02 * 4 * level.numel() + (32 << 20)
+    packing = histogram.pack_levels([level], 2 * positives, BreakpointTiles())
+    assert (packing.replicas, packing.bits) == (replicas, bits)
+    assert 2 * positives * packing.replicas * 8 <= 0.02 * 4 * level.numel() + (32 << 20)
 
 
-def _most_a_copy_gets(shape: tuple[int, int], copies: int, tiles: Any) -> tuple[int, int]:
+def _most_a_replica_gets(shape: tuple[int, int], replicas: int, tiles: Any) -> tuple[int, int]:
     """Of (anchors, classes) logits: added by the tiles, and taken away anchor by anchor."""
     anchors, classes = shape
     place = torch.arange(anchors * classes)
     tile, lane = place // (tiles.count_rows * tiles.lanes), place % tiles.lanes
-    added = ((lane + tile * tiles.lanes) % copies).bincount(minlength=copies)
-    taken = (torch.arange(anchors) % copies).bincount(minlength=copies) * classes
+    added = ((lane + tile * tiles.lanes) % replicas).bincount(minlength=replicas)
+    taken = (torch.arange(anchors) % replicas).bincount(minlength=replicas) * classes
     return int(added.max()), int(taken.max())
 
 
 @pytest.mark.parametrize("rows", [2, 16])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 1), (129, 80), (1000, 7), (5000, 3), (257, 91)])
-def test_the_slack_of_a_copy_is_enough(shape: tuple[int, int], rows: int) -> None:
+def test_the_slack_of_a_replica_is_enough(shape: tuple[int, int], rows: int) -> None:
     tiles = BreakpointTiles(count_rows=rows)
     level = torch.empty(shape, device="meta")[:, :, None]
-    slack = memory.pieces_of(level) * max(2 * rows, 8 * shape[1])
-    for copies in (32, 64, 256, 1024):
-        share = level.numel() // copies
-        assert max(_most_a_copy_gets(shape, copies, tiles)) <= share + slack
+    slack = dense.pieces_of(level) * max(2 * rows, 8 * shape[1])
+    for replicas in (32, 64, 256, 1024):
+        share = level.numel() // replicas
+        assert max(_most_a_replica_gets(shape, replicas, tiles)) <= share + slack
 
 
 def test_pieces_are_no_more_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_PIECE", 64)
+    monkeypatch.setattr(dense, "_PIECE", 64)
     for batch, classes, places in ((7, 3, 30), (1, 1, 700), (100, 5, 7), (3, 70, 4), (9, 64, 1)):
         logits = torch.zeros(batch, classes, 2 * places)[:, :, ::2]
         targets = torch.zeros(batch, places)
-        lines = torch.zeros(batch, 1, dtype=torch.int32).expand(batch, places)
-        parts = list(memory.pieces(logits, targets, lines))
+        segments = torch.zeros(batch, 1, dtype=torch.int32).expand(batch, places)
+        parts = list(dense.pieces(logits, targets, segments))
         assert all(part[2].shape == part[1].shape for part in parts)
         assert sum(part[0].numel() for part in parts) == logits.numel()
-        assert len(parts) <= memory.pieces_of(logits)
+        assert len(parts) <= dense.pieces_of(logits)
 
 
 # --- integers -----------------------------------------------------------------------------------

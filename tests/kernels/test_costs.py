@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alrp_triton import backend
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise, default_costs
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts, default_costs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -29,12 +29,12 @@ def test_more_positives_never_turn_the_choice_back(dtype):
 
 
 def test_the_cheaper_one_is_taken():
-    costs = Costs(Pairwise(1.0, 0.5, 1.0, 4.0), Breakpoints(3.0, 1.0, 1.0))
+    costs = Costs(PairwiseCosts(1.0, 0.5, 1.0, 4.0), BreakpointCosts(3.0, 1.0, 1.0))
     assert costs.pairwise.seconds(2, 10) == 1 + 5 + 20 + 16
     assert costs.breakpoints.seconds(2, 10) == 3 + 10 + 2
     assert costs.choose(1, 0) == "breakpoints"  # 3 + 1, against 1 + 4 of the positive with itself
     assert costs.choose(2, 10) == "breakpoints"
-    dearer = costs._replace(breakpoints=Breakpoints(5.0, 1.0, 1.0))
+    dearer = costs._replace(breakpoints=BreakpointCosts(5.0, 1.0, 1.0))
     assert dearer.choose(1, 0) == "pairwise"
 
 

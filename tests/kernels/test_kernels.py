@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alrp_triton.reference import layout
+from alrp_triton.reference.layout import Batch
 from alrp_triton.testing import kernel_tolerance as budgets
 from alrp_triton.testing.kernel_tolerance import (
     IGNORE,
@@ -91,12 +92,11 @@ class Case(budgets.Case):
 
     def count(self, *tiles: Any) -> tuple[Tensor, ...]:
         """By the kernels; with small tiles unless told otherwise, None for those of the device."""
-        return this.kernels.count(*self.count_input, *(tiles or (this.small,)), **self.grouping)
+        return this.kernels.count(*self.count_input, *(tiles or (this.small,)))
 
     def gradient(self, *tiles: Any) -> list[Tensor]:
         """Likewise."""
-        tiles = tiles or (this.small,)
-        return this.kernels.gradient(*self.gradient_input, *tiles, **self.grouping)
+        return this.kernels.gradient(*self.gradient_input, *(tiles or (this.small,)))
 
 
 def make(
@@ -245,7 +245,7 @@ def test_default_tiles() -> None:
     targets = torch.randint(0, 2, (130, 1))
     logits = 2 * torch.randn(130, 2, 1)
     case = make(logits, targets, 1.0)
-    check(case, this.kernels.choose_tiles(case.logits, case.scores))
+    check(case, this.kernels.choose_tiles(case.batch))
 
 
 def test_ways_to_evaluate_a_block() -> None:
@@ -290,7 +290,8 @@ def test_counts_beyond_float32() -> None:
     logits = torch.ones(1, 1, 1, device=DEVICE).expand(1, 1, number)
     targets = torch.zeros(1, 1, 1, dtype=torch.int8, device=DEVICE).expand(1, 1, number)
     scores = torch.zeros(1, device=DEVICE)
-    nfp, _, _ = this.kernels.count([logits], [targets], scores, scores.double(), 0.0, IGNORE)
+    batch = Batch([logits], [targets], scores.long(), scores, 0.0, IGNORE)
+    nfp, _, _ = this.kernels.count(batch, scores.double())
     assert nfp.item() == number
 
 
@@ -673,7 +674,7 @@ def _full_size(dtype: torch.dtype, form: Callable = class_indices, delta: float 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_full_size(dtype: torch.dtype, form: Callable) -> None:
     case = _full_size(dtype, form)
-    check(case, this.kernels.choose_tiles(case.logits, case.scores))
+    check(case, this.kernels.choose_tiles(case.batch))
 
 
 @pytest.mark.gpu

@@ -99,11 +99,11 @@ def test_large_calls_in_small(
 def check(case: budgets.Case, algorithm: str) -> None:
     """Count and gradient are within budget of the float64 reference."""
     tiles = SMALL[algorithm]
-    counts = torch.stack(kernels[algorithm].count(*case.count_input, tiles, **case.grouping))
+    counts = torch.stack(kernels[algorithm].count(*case.count_input, tiles))
     exact = case.expected_count(torch.float64)
     allowed = budgets.count_budget(case, tiles, exact)
     assert (counts - exact).abs().le(allowed).all(), ((counts - exact).abs() / allowed).max()
-    (gradient,) = kernels[algorithm].gradient(*case.gradient_input, tiles, **case.grouping)
+    (gradient,) = kernels[algorithm].gradient(*case.gradient_input, tiles)
     (truth,) = case.expected_gradient(torch.float64)
     (allowed,) = budgets.gradient_budget(case, tiles, [truth])
     error = (gradient.double() - truth).abs()
@@ -137,10 +137,10 @@ def test_sorting(delta: float, dtype: torch.dtype) -> None:
     quality, values, weights = torch.rand(3, 60, dtype=torch.float64, device=DEVICE)
     empty = scores.new_empty(0)
     case = budgets.Case([], [], empty.long(), scores, values, weights, empty, delta)
-    wide = scores.double()
-    exact = torch.stack(rank_sort.count(wide, quality, values, delta))
-    counts = torch.stack(kernels["rank_sort"].count(scores, quality, values, delta))
+    wide = case.to(torch.float64).batch
+    exact = torch.stack(rank_sort.count(wide, quality, values))
+    counts = torch.stack(kernels["rank_sort"].count(case.batch, quality, values))
     assert (counts - exact).abs().le(sorting_count_budget(case, exact)).all()
-    exact = rank_sort.gradient(wide, quality, weights, delta)
-    passed = kernels["rank_sort"].gradient(scores, quality, weights, delta)
+    exact = rank_sort.gradient(wide, quality, weights)
+    passed = kernels["rank_sort"].gradient(case.batch, quality, weights)
     assert (passed - exact).abs().le(sorting_gradient_budget(case, exact)).all()

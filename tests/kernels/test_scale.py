@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from alrp_triton.reference.breakpoints import sort as reference
-from alrp_triton.testing.cases import Size, draw_case, judge
+from alrp_triton.reference.layout import Batch
+from alrp_triton.testing.cases import Size, draw_case, verify
 from alrp_triton.testing.kernel_tolerance import IGNORE
 
 pytest.importorskip("triton")
@@ -37,11 +38,11 @@ def test_counts_and_gradients_are_known(number: int, algorithm: str) -> None:
     assert index.tolist() == [0, number - 1]
     assert scores.tolist() == [1.0, 1.0]
     weights = torch.tensor([0.5, 0.25], dtype=torch.float64, device=DEVICE)
-    levels = [logits], [targets]
-    nfp, rank_positive, _ = kernels.count(*levels, scores, weights, 0.0, IGNORE)
+    batch = Batch([logits], [targets], index, scores, 0.0, IGNORE)
+    nfp, rank_positive, _ = kernels.count(batch, weights)
     assert nfp.tolist() == [9, 9]
     assert rank_positive.tolist() == [2, 2]
-    (gradient,) = kernels.gradient(*levels, index, scores, weights, -weights, 0.0, IGNORE)
+    (gradient,) = kernels.gradient(batch, weights, -weights)
     assert gradient[[0, -1]].flatten().tolist() == [-0.5, -0.25]
     assert (gradient[-10:-1] == 0.75).all()
     assert int(gradient.count_nonzero()) == 11
@@ -50,17 +51,17 @@ def test_counts_and_gradients_are_known(number: int, algorithm: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fifty_thousand_positives(dtype: torch.dtype) -> None:
-    """The tables have 100,000 edges; the truth is the reference's breakpoints, not every pair."""
+    """The tables have 100,000 breakpoints; the truth is the reference's, not every pair."""
     case = draw_case(Size(50_000, 40, 50_000), "mid", dtype, DEVICE)
     kernels = importlib.import_module("alrp_triton.kernels.breakpoints.ranks")
-    assert judge(case, kernels)["ok"]
+    assert verify(case, kernels)["ok"]
 
 
-def test_edges_of_fifty_thousand_positives() -> None:
+def test_breakpoints_of_fifty_thousand_positives() -> None:
     """Those of the reference, bit by bit."""
-    edges = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
+    sort = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
     scores = (1.5 * torch.randn(50_000) - 1).to(DEVICE)
-    got, expected = edges.sort_edges(scores, 1.0), reference.sort_edges(scores, 1.0)
+    got, expected = sort.sort_breakpoints(scores, 1.0), reference.sort_breakpoints(scores, 1.0)
     assert torch.equal(got.keys[:100_000], expected.key)
     assert torch.equal(
         got.ranks[:2, got.order.argsort()] + 1, torch.stack([expected.lower, expected.upper]).int()
@@ -124,10 +125,9 @@ def test_skewed_offsets_beyond_32_bits() -> None:
     powers = torch.full_like(vector, 1.5)
     counted, gradients = [], []
     for level in (near, far):
-        levels = [level], [targets]
-        counted.append(skewed.mass(*levels, scores, powers, 1.0, IGNORE))
-        given = index, scores, vector, -vector, powers
-        gradients += skewed.gradient(*levels, *given, 1.0, IGNORE)
+        batch = Batch([level], [targets], index, scores, 1.0, IGNORE)
+        counted.append(skewed.mass(batch, powers))
+        gradients += skewed.gradient(batch, vector, -vector, powers)
     assert counted[0].min() > 0
     assert torch.equal(*counted)
     assert torch.equal(*gradients)

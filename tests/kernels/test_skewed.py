@@ -24,6 +24,7 @@ from alrp_triton.testing.kernel_tolerance import (
     rounding_of,
     torch_error,
 )
+from alrp_triton.testing.kernel_tolerance import group as in_groups
 from alrp_triton.testing.launches import same
 from tests.kernels.test_kernels_delta import DELTAS, DTYPES
 from tests.kernels.test_kernels_delta import draw as draw_around
@@ -47,67 +48,58 @@ def small_tiles_and_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator
     torch.use_deterministic_algorithms(before)
 
 
-class Grouped(NamedTuple):
-    """A case with powers, and groups or none."""
+class Call(NamedTuple):
+    """A case with powers."""
 
     case: Case
     powers: Tensor
-    groups: list[Tensor]
-    own_groups: Tensor | None
 
     @property
     def mass_input(self) -> tuple:
         """The arguments of `mass`."""
-        case = self.case
-        return (
-            case.logits, case.targets, case.scores, self.powers, case.delta, IGNORE,
-            self.groups, self.own_groups,
-        )  # fmt: skip
+        return self.case.batch, self.powers
 
     @property
     def gradient_input(self) -> tuple:
         """The arguments of `gradient`."""
-        case = self.case
-        return (
-            case.logits, case.targets, case.index, case.scores, case.weights, case.own,
-            self.powers, case.delta, IGNORE, self.groups, self.own_groups,
-        )  # fmt: skip
+        return (*self.case.gradient_input, self.powers)
 
     def truth(self, on_slope: bool = False) -> tuple[Tensor, list[Tensor]]:
         """mass (P,) and the gradients in float64; with H = 1 on every slope and 0 elsewhere."""
         case = self.case.to(torch.float64)
         valid = case.scores != -torch.inf
-        settings = case.delta, IGNORE, self.groups
-        settings += (None if self.own_groups is None else self.own_groups[valid],)
+        batch = case.batch.select(valid)
         mass = torch.zeros_like(self.powers)
-        vectors = [x[valid] for x in (case.index, case.scores, case.weights, case.own, self.powers)]
+        weights, positive_grad, powers = (
+            x[valid] for x in (case.weights, case.positive_grad, self.powers)
+        )
         step = pairwise.step
         if on_slope:
             reach = reach_of(case)
             skewed.step = lambda x, delta: (x.abs() <= reach).to(x.dtype)
-            vectors[2:4] = vectors[2].abs(), 0 * vectors[3]
+            weights, positive_grad = weights.abs(), 0 * positive_grad
         try:
-            mass[valid] = skewed.mass(case.logits, case.targets, vectors[1], vectors[4], *settings)
-            gradients = skewed.gradient(case.logits, case.targets, *vectors, *settings)
+            mass[valid] = skewed.mass(batch, powers)
+            gradients = skewed.gradient(batch, weights, positive_grad, powers)
         finally:
             skewed.step = step
         return mass, gradients
 
 
-def draw(name: str, grouped: bool = False) -> Grouped:
+def draw(name: str, grouped: bool = False) -> Call:
     """A case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
     call = _with_powers(CASES[name]())
     if not grouped:
         return call
-    case, powers, *_ = call
-    groups = [torch.randint(-1, 2, x.shape, device=DEVICE) * 2**40 for x in case.targets]
-    return Grouped(case, powers, groups, layout.gather(groups, case.logits, case.index))
+    targets = call.case.targets
+    groups = [torch.randint(-1, 2, x.shape, device=DEVICE) * 2**40 for x in targets]
+    return call._replace(case=in_groups(call.case, groups))
 
 
-def _with_powers(case: Case) -> Grouped:
+def _with_powers(case: Case) -> Call:
     powers = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64, device=DEVICE)
     powers = powers.repeat(case.scores.numel())[: case.scores.numel()].contiguous()
-    return Grouped(case, powers, [], None)
+    return Call(case, powers)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -126,7 +118,7 @@ def test_every_delta_with_scores_of_every_magnitude(delta: float, dtype: torch.d
     check(call._replace(case=call.case._replace(weights=weights)))
 
 
-def check(call: Grouped) -> None:
+def check(call: Call) -> None:
     """H is rounded once or twice in the dtype of the scores, all else is float64."""
     case, (mass, gradients) = call.case, call.truth()
     error = pair_error(case, _EXACT, torch_error(case, case.negatives()))
@@ -197,7 +189,7 @@ def test_nan_leaves_no_number_standing(where: str) -> None:
         mask = torch.ones_like(level, dtype=torch.bool)
         layout.exclude_non_negatives(mask, case.targets[0], IGNORE)
         if where.endswith("group"):
-            call.groups[0].fill_(7)  # which no positive of the level is left in
+            case.groups[0].fill_(7)  # which no positive of the level is left in
         at = tuple(mask.nonzero()[0])
         level[at] = math.nan
         assert kernels.gradient(*call.gradient_input)[0][at].isnan()

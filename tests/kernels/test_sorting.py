@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alrp_triton import ops, rank_sort_loss
 from alrp_triton.reference import pairwise
 from alrp_triton.reference import rank_sort as sorting
-from alrp_triton.reference.layout import LARGEST
+from alrp_triton.reference.layout import LARGEST, Batch
 from alrp_triton.testing import kernel_tolerance as budgets
-from alrp_triton.testing.kernel_tolerance import Case
+from alrp_triton.testing.kernel_tolerance import IGNORE, Case
 from alrp_triton.testing.launches import same
 from alrp_triton.testing.loss_tolerance import LossResult
 from alrp_triton.testing.rank_sort_tolerance import (
@@ -72,8 +72,9 @@ def test_the_specification_says_what_plain_loops_say(positives, delta, grouped, 
     s = [unit * x for x in s]
     groups = torch.tensor(g, dtype=torch.int64) if grouped else None
     scores, quality, values = (torch.tensor(x, dtype=torch.float64) for x in (s, q, v))
-    got = sorting.count(scores, quality, values, delta, groups)
-    passed = sorting.gradient(scores, quality, values, delta, groups)
+    batch = positives_alone(scores, delta, groups)
+    got = sorting.count(batch, quality, values)
+    passed = sorting.gradient(batch, quality, values)
 
     def h(k: int, i: int) -> float:
         return plain_step(s[k] - s[i], delta) if not grouped or g[k] == g[i] else 0.0
@@ -89,6 +90,12 @@ def test_the_specification_says_what_plain_loops_say(positives, delta, grouped, 
         assert abs(float(passed[i]) - math.fsum(v[k] * h(i, k) for k in higher)) < 1e-12
 
 
+def positives_alone(scores: Tensor, delta: float, groups: Tensor | None) -> Batch:
+    """Return a batch of which nothing but the positives is looked at."""
+    index = torch.arange(scores.numel(), device=scores.device)
+    return Batch([], [], index, scores, delta, IGNORE, [], groups)
+
+
 class Call(NamedTuple):
     """What count and gradient take."""
 
@@ -101,13 +108,15 @@ class Call(NamedTuple):
 
     def count(self, module: ModuleType = kernels) -> Tensor:
         """(3, P)."""
-        vectors = self.scores, self.quality, self.values
-        return torch.stack(module.count(*vectors, self.delta, self.groups))
+        return torch.stack(module.count(self.batch(), self.quality, self.values))
 
     def gradient(self, module: ModuleType = kernels) -> Tensor:
         """(P,)."""
-        vectors = self.scores, self.quality, self.weights
-        return module.gradient(*vectors, self.delta, self.groups)
+        return module.gradient(self.batch(), self.quality, self.weights)
+
+    def batch(self) -> Batch:
+        """The positives."""
+        return positives_alone(self.scores, self.delta, self.groups)
 
     def of(self, places: Tensor) -> Call:
         """Some of the positives."""
@@ -289,13 +298,11 @@ def test_nothing_of_every_pair_exists(module: ModuleType, monkeypatch: pytest.Mo
 
 def test_operators() -> None:
     call = draw(20, 0.5, padding=3)
-    vectors = call.scores, call.quality.nan_to_num(0)
+    quality, values, weights = (x.nan_to_num(0) for x in (call.quality, call.values, call.weights))
     for groups in (None, torch.zeros(23, dtype=torch.int64, device=DEVICE)):
-        settings = 0.5, "triton", groups
-        library.opcheck(ops.sorting_count.default, (*vectors, call.values.nan_to_num(0), *settings))
-        library.opcheck(
-            ops.sorting_gradient.default, (*vectors, call.weights.nan_to_num(0), *settings)
-        )
+        batch = call._replace(groups=groups).batch()
+        library.opcheck(ops.sorting_count.default, (*batch, quality, values, "triton"))
+        library.opcheck(ops.sorting_gradient.default, (*batch, quality, weights, "triton"))
 
 
 def evaluate(case: Case, quality: Tensor, dtype: torch.dtype, **settings: Any) -> LossResult:

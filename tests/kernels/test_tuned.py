@@ -16,11 +16,11 @@ from alrp_triton.kernels.tuning.block_sizes import (
     Tiles,
     default_breakpoint_tiles,
 )
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise, default_costs
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts, default_costs
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SOME = {"dtype": "float32", "positives": [65, 1024], "logits": [1 << 20, None]}
-COSTS = Costs(Pairwise(1e-5, 0.0, 1e-13, 0.0), Breakpoints(1e-4, 2e-12, 3e-9))
+COSTS = Costs(PairwiseCosts(1e-5, 0.0, 1e-13, 0.0), BreakpointCosts(1e-4, 2e-12, 3e-9))
 PRICES = {"pairwise": COSTS.pairwise._asdict(), "breakpoints": COSTS.breakpoints._asdict()}
 
 

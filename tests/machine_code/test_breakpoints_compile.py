@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from alrp_triton.reference.layout import Batch
+
 pytest.importorskip("triton")
 
 from tests.machine_code.test_kernels_compile import TARGETS, run_all
@@ -35,8 +37,8 @@ CASES = {
 KERNELS = {
     "_merge_kernel", "_table_kernel", "_count_kernel", "_remove_kernel", "_pattern_sums_kernel",
     "_fold_kernel", "_points_kernel", "_stretch_kernel", "_integral_kernel", "_finish_kernel",
-    "_slopes_kernel", "_ramps_kernel", "_pattern_ramps_kernel", "_gradient_kernel",
-    "_clear_kernel", "_own_kernel",
+    "_slopes_kernel", "_linear_pieces_kernel", "_pattern_gradient_kernel", "_gradient_kernel",
+    "_clear_kernel", "_positive_grads_kernel",
 }  # fmt: skip
 
 
@@ -54,14 +56,13 @@ def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 
     vector = torch.zeros(positives, dtype=torch.float64)
     index = torch.zeros(positives, dtype=torch.int64)
     tiles = default_breakpoint_tiles(sass.gpu_target(target).warp_size, scores.dtype)
-    levels = [logits], [targets]
-    grouping: tuple = ()
+    batch = Batch([logits], [targets], index, scores, delta, -100)
     if "grouped" in case:  # by image
         groups = torch.zeros((shape[0], *targets_shape[1:]), dtype=torch.int64)
-        grouping = [groups], index
+        batch = batch._replace(groups=[groups], positive_groups=index)
     with sass.record() as launches:
-        breakpoints.count(*levels, scores, vector, delta, -100, tiles, *grouping)
-        breakpoints.gradient(*levels, index, scores, vector, vector, delta, -100, tiles, *grouping)
+        breakpoints.count(batch, vector, tiles)
+        breakpoints.gradient(batch, vector, vector, tiles)
     return launches
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from alrp_triton.reference.layout import Batch
+
 triton = pytest.importorskip("triton")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -65,13 +67,13 @@ def _call(
     major = int(target.removeprefix("sm_")) // 10 if gpu.backend == "cuda" else 9
     default = default_tiles(gpu.warp_size, major)
     tiles = choose(list(tuned), default, logits.dtype, positives, logits.numel())
-    grouping: tuple = ()
+    batch = Batch([logits], [targets], index, scores, delta, -100)
     if "grouped" in case:
-        grouping = [torch.zeros(targets.shape, dtype=torch.int64)], index
-    levels = [logits], [targets]
+        groups = [torch.zeros(targets.shape, dtype=torch.int64)]
+        batch = batch._replace(groups=groups, positive_groups=index)
     with sass.record() as launches:
-        kernels.count(*levels, scores, vector, delta, -100, tiles, *grouping)
-        kernels.gradient(*levels, index, scores, vector, vector, delta, -100, tiles, *grouping)
+        kernels.count(batch, vector, tiles)
+        kernels.gradient(batch, vector, vector, tiles)
     return launches
 
 
@@ -172,7 +174,7 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
         "_count_kernel",
         "_rank_kernel",
         "_gradient_kernel",
-        "_own_kernel",
+        "_positive_grads_kernel",
     }
     assert {name: x["spills"] for name, x in figures.items() if x["spills"]} == {}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from alrp_triton.reference.layout import Batch
 from tests.machine_code.test_kernels_compile import TARGETS, run
 
 pytest.importorskip("triton")
@@ -35,14 +36,13 @@ def _launches(case: str, positives: int = 1000, places: int = 100) -> list:
     targets = torch.empty(beside, dtype=getattr(torch, targets_dtype), device="meta")
     scores = torch.zeros(positives, dtype=torch.promote_types(logits.dtype, torch.float32))
     vector, index = scores.double(), torch.zeros(positives, dtype=torch.int64)
-    groups = ()
+    batch = Batch([logits], [targets], index, scores, delta, -100)
     if groups_dtype:
         image = torch.empty(beside, dtype=getattr(torch, groups_dtype), device="meta")
-        groups = [image], index
-    levels = [logits], [targets]
+        batch = batch._replace(groups=[image], positive_groups=index)
     with sass.record() as launches:
-        skewed.mass(*levels, scores, vector, delta, -100, *groups)
-        skewed.gradient(*levels, index, scores, vector, vector, vector, delta, -100, *groups)
+        skewed.mass(batch, vector)
+        skewed.gradient(batch, vector, vector, vector)
     return launches
 
 

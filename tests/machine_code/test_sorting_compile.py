@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from alrp_triton.reference.layout import Batch
+
 pytest.importorskip("triton")
 
 from tests.machine_code.test_kernels_compile import TARGETS, run_all
@@ -37,9 +39,10 @@ def _call(case: str, positives: int = 1000) -> list:
     scores = torch.zeros(positives, dtype=getattr(torch, dtype))
     vector = torch.zeros(positives, dtype=torch.float64)
     groups = torch.zeros(positives, dtype=torch.int64) if grouped else None
+    batch = Batch([], [], torch.arange(positives), scores, delta, -100, [], groups)
     with sass.record() as launches:
-        sorting.count(scores, vector, vector, delta, groups)
-        sorting.gradient(scores, vector, vector, delta, groups)
+        sorting.count(batch, vector, vector)
+        sorting.gradient(batch, vector, vector)
     return launches
 
 

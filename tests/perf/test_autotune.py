@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from alrp_triton.kernels import breakpoints, pairwise
 from alrp_triton.kernels.tuning import files as tuned
 from alrp_triton.kernels.tuning.block_sizes import BreakpointTiles, Class, Tiles, dtype_class
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise, default_costs
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts, default_costs
 from perf import progress, timing
 from perf.autotune import (
     __main__ as autotune,
@@ -244,10 +244,10 @@ def test_without_time_everything_stays_and_is_said():
 
 
 def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
-    judge = Judge(draw(GOAL, CPU))
+    verify = Judge(draw(GOAL, CPU))
     until = time.monotonic() + LONG
-    of_count = search.Search(GOAL, "count", CPU, judge, lambda tasks: [None] * len(tasks), until)
-    monkeypatch.setattr(judge, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
+    of_count = search.Search(GOAL, "count", CPU, verify, lambda tasks: [None] * len(tasks), until)
+    monkeypatch.setattr(verify, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
     assert of_count.run(Tiles(), GRID["count"]) == (Tiles(), {})
     ((first, *others),) = of_count.tried
     assert first.checked
@@ -279,7 +279,7 @@ def test_a_look_up_with_a_planted_error_is_refused(monkeypatch, side):
     assert all(getattr(x, size) != wrong for x in clock.timed)
 
 
-TRUE = Costs(Pairwise(3e-5, 1e-12, 2e-13, 1e-12), Breakpoints(1e-4, 8e-12, 3e-9))
+TRUE = Costs(PairwiseCosts(3e-5, 1e-12, 2e-13, 1e-12), BreakpointCosts(1e-4, 8e-12, 3e-9))
 
 
 def times_of(costs, factor=1.0):
@@ -351,14 +351,14 @@ def goal(dtype: torch.dtype, positives: int, logits: int, stage: str) -> Goal:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["init", "mid", "spread"])
 def test_right_kernels_pass_and_small_errors_do_not(dtype, stage, monkeypatch):
-    judge = Judge(draw(goal(dtype, 40, 400, stage), CPU))
+    verify = Judge(draw(goal(dtype, 40, 400, stage), CPU))
     for side, error in (("count", 3e-5), ("gradient", 2e-2 if dtype != torch.float32 else 3e-5)):
-        assert judge.refuses(side, Tiles()) is None
+        assert verify.refuses(side, Tiles()) is None
         with monkeypatch.context() as patch:
             plant(patch, side, lambda x: True, error)
-            assert "times its budget" in judge.refuses(side, Tiles())
+            assert "times its budget" in verify.refuses(side, Tiles())
             plant(patch, side, lambda x: True, float("nan"))
-            assert judge.refuses(side, Tiles()) is not None
+            assert verify.refuses(side, Tiles()) is not None
 
 
 def test_a_call_that_shows_no_error_is_no_check():

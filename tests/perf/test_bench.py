@@ -292,7 +292,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
 
 def found(what="times faster than a rival", least=4.0, reached=False):
-    """A goal as `judge` returns it."""
+    """A goal as `verify` returns it."""
     return {
         "what": what, "found": least, "bound": 5.0, "at_least": True, "reached": reached,
         "cell": "mid", "cells": 1,
@@ -317,7 +317,7 @@ def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, caps
     """After everything is written and printed, in the last lines."""
     monkeypatch.setattr(command, "retinanet_call", lambda images, device: CALL)
     monkeypatch.setattr(command, "VARIANTS", {OURS: VARIANTS[OURS]})
-    monkeypatch.setattr(command, "judge", lambda rows, standard: goals)
+    monkeypatch.setattr(command, "verify", lambda rows, standard: goals)
     monkeypatch.setattr(command, "CELLS", CELLS | {"cpu": (TINY,)})
     options = ["--cells", "cpu", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
     assert main(options) == status

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton")
 from alrp_triton.kernels import breakpoints
 from alrp_triton.kernels.tuning import files as tuned
-from alrp_triton.kernels.tuning.costs import Breakpoints, Costs, Pairwise
+from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts
 from perf.autotune import fit_costs as cost_model
 from perf.autotune.fit_costs import CALLS, Call, Timed, fit, least_squares, quality
 
 CPU = torch.device("cpu")
-TRUE = Costs(Pairwise(3e-5, 1e-12, 2e-13, 1e-12), Breakpoints(1e-4, 8e-12, 3e-9))
+TRUE = Costs(PairwiseCosts(3e-5, 1e-12, 2e-13, 1e-12), BreakpointCosts(1e-4, 8e-12, 3e-9))
 SIZES = [call for call in CALLS if call.dtype == "float32"]
 
 
@@ -122,7 +122,7 @@ def test_the_first_calls_tell_every_price():
 
 def test_what_the_rule_loses_is_counted():
     call = SIZES[0]
-    always = Costs(Pairwise(1.0, 0, 0, 0), Breakpoints(2.0, 0, 0))
+    always = Costs(PairwiseCosts(1.0, 0, 0, 0), BreakpointCosts(2.0, 0, 0))
     times = [
         Timed(call, {"pairwise": 3.0, "breakpoints": 2.0}, {}),
         Timed(call, {"pairwise": 1.0, "breakpoints": 2.0}, {}),

@@ -8,7 +8,7 @@ import pytest
 
 from alrp_triton.testing.workloads import CELLS, DISTRIBUTIONS
 from perf.bench.report import to_markdown
-from perf.bench.targets import STANDARDS, judge, missed
+from perf.bench.targets import STANDARDS, missed, verify
 from perf.bench.variants import OURS
 
 N, P = 20_951_040, 1000
@@ -26,7 +26,7 @@ def row(variant=OURS, seconds=1e-4, distribution="mid", positives=P, **changed):
 
 
 def held(rows, cells="gpu"):
-    goals = judge(rows, STANDARDS[cells])
+    goals = verify(rows, STANDARDS[cells])
     json.dumps(goals, allow_nan=False)
     return {goal["what"]: goal for goal in goals}
 
@@ -114,7 +114,7 @@ def test_what_was_chosen_stands_beside_the_faster_algorithm():
     assert goal["found"] == pytest.approx(1.5)
     assert (goal["cells"], goal["bound"], goal["reached"]) == (1, None, None)
     report = {"machine": {}, "bandwidth": 1e12, "rows": [], "dropped": []}
-    text = to_markdown(report | {"goals": judge(rows, STANDARDS["gpu"])})
+    text = to_markdown(report | {"goals": verify(rows, STANDARDS["gpu"])})
     (line,) = [x for x in text.splitlines() if "faster algorithm" in x]
     assert line.split("|")[2:5] == [" - ", " 1.5 ", " - "]
 
@@ -133,8 +133,8 @@ def test_both_algorithms_have_a_table():
 
 
 def test_nothing_measured_is_nothing_said():
-    assert judge([], STANDARDS["cpu"]) == []
-    assert judge([row(seconds=None)], STANDARDS["gpu"]) == []
+    assert verify([], STANDARDS["cpu"]) == []
+    assert verify([row(seconds=None)], STANDARDS["gpu"]) == []
 
 
 @pytest.mark.parametrize("name", STANDARDS)

@@ -37,13 +37,13 @@ def planted(context):
         choose_tiles, gradient = (staticmethod(x) for x in (kernels.choose_tiles, kernels.gradient))
 
         @staticmethod
-        def count(*arguments, **grouping):
-            nfp, rank_positive, value_sum = kernels.count(*arguments, **grouping)
+        def count(*arguments):
+            nfp, rank_positive, value_sum = kernels.count(*arguments)
             return nfp * (1 + 1e-4), rank_positive, value_sum
 
     case = draw(context.sizes.full, "spread", torch.float32, context.device)
-    yield Task("as it is", lambda: parity_checks.judge(case, kernels))
-    yield Task("off by a little", lambda: parity_checks.judge(case, Off))
+    yield Task("as it is", lambda: parity_checks.verify(case, kernels))
+    yield Task("off by a little", lambda: parity_checks.verify(case, Off))
 
 
 def crashing(context):
@@ -115,7 +115,7 @@ def test_what_the_design_hangs_on_is_measured_first_and_checked(tmp_path, monkey
     assert found["relevant"] * case.logits[0].numel() == pytest.approx(
         (negatives >= case.scores.min() - case.delta).sum().item()
     )
-    assert kernel_rates.measure_edges(case, context.capture, 1)["ok"]
+    assert kernel_rates.measure_sort(case, context.capture, 1)["ok"]
     for name, module in (("intervals", kernel_rates.breakpoints), ("pairs", kernel_rates.pairwise)):
         right = module.count
         monkeypatch.setattr(module, "count", lambda *x, right=right: [y * 1.001 for y in right(*x)])
@@ -140,9 +140,9 @@ def test_a_loss_that_is_off_by_a_little_shows(part, monkeypatch):
     size = parity_checks.Size(20, 3, 5)
     case = parity_checks.draw_case(size, "spread", torch.float32, torch.device("cpu"))
     kernels = parity_checks.algorithms(torch.device("cpu"))[0]["pairwise"]
-    assert parity_checks.judge_losses(case, "pairwise", kernels)["ok"]
+    assert parity_checks.verify_losses(case, "pairwise", kernels)["ok"]
     monkeypatch.setattr(parity_checks, "evaluate", off)
-    assert not parity_checks.judge_losses(case, "pairwise", kernels)["ok"]
+    assert not parity_checks.verify_losses(case, "pairwise", kernels)["ok"]
 
 
 def test_nan_is_never_within_budget():

@@ -11,26 +11,16 @@ from unittest import mock
 
 import pytest
 import torch
-from examples import IGNORE
+from examples import batch_of, widen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from alrp_triton import ap_loss
 from alrp_triton.reference import layout, pairwise
-from alrp_triton.reference.breakpoints import (
-    ranks as breakpoints,
-)
-from alrp_triton.reference.breakpoints import (
-    relevant as survey,
-)
-from alrp_triton.reference.breakpoints import (
-    segments as lines,
-)
-from alrp_triton.reference.breakpoints import (
-    sort as edges,
-)
-from alrp_triton.reference.breakpoints.workspace import Scratch
+from alrp_triton.reference.breakpoints import ranks as breakpoints
+from alrp_triton.reference.breakpoints import relevant, segments, sort
+from alrp_triton.reference.breakpoints.workspace import Workspace
 
 LARGEST = layout.LARGEST
 DELTAS = (0.0, 2.0**-60, 1e-3, 1.0, 5e3, 2.0**60)
@@ -99,25 +89,25 @@ KINDS = (
     looked_up=st.sampled_from([0, 1 << 14, 1 << 20]),
 )
 def test_every_score_has_a_cell_of_the_table(seed, kinds, positives, dtype, delta, looked_up):
-    """And the interval that a search finds; so have NaN and what is put below all edges."""
+    """And the interval that a search finds; so have NaN and what is put below all breakpoints."""
     generator = torch.Generator().manual_seed(seed)
     own, others = (draw_scores(kind, 700, dtype, delta, generator) for kind in kinds)
-    found = edges.sort_edges(layout.finite(own[:positives]), delta, looked_up=looked_up)
+    found = sort.sort_breakpoints(layout.finite(own[:positives]), delta, looked_up=looked_up)
     key = found.key
     near = [key.nextafter(key.new_full((), end)) for end in (-math.inf, math.inf)]
     ordered = torch.cat([key, *near, layout.finite(torch.cat([own, others]))])
-    ordered = torch.cat([ordered, ordered.new_tensor([edges.BELOW_ALL, math.inf, -math.inf])])
-    with mock.patch.object(edges, "FEW", 0):
+    ordered = torch.cat([ordered, ordered.new_tensor([sort.BELOW_ALL, math.inf, -math.inf])])
+    with mock.patch.object(sort, "SEARCH_BELOW", 0):
         for nan in (0, 1):
             scores = torch.cat([ordered, ordered.new_full((nan,), math.nan)])
-            cell = found._cell(scores, Scratch(), ordered=nan == 0)
+            cell = found._cell(scores, Workspace(), ordered=nan == 0)
             assert ((cell >= 0) & (cell < found.cells)).all()
-            interval = found.look_up(scores, None, Scratch(), ordered=nan == 0)
+            interval = found.look_up(scores, None, Workspace(), ordered=nan == 0)
             expected = torch.bucketize(ordered, key, right=True)
             assert torch.equal(interval[: ordered.numel()].long(), expected)
             assert ((interval >= 0) & (interval <= key.numel())).all()
             values = torch.rand(key.numel() + 1, dtype=dtype)
-            told = edges.Steps(found, values)(scores, None, Scratch(), nan == 0)
+            told = sort.Steps(found, values)(scores, None, Workspace(), nan == 0)
             assert torch.equal(told[: ordered.numel()], values[expected])
 
 
@@ -130,9 +120,9 @@ def test_few_far_positives_leave_the_cells_to_the_others(dtype, delta, far):
     scores = torch.randn(250, dtype=dtype, generator=generator)
     others = 3 * torch.randn(10_000, dtype=dtype, generator=generator)
     for own in (scores, torch.cat([scores, layout.finite(scores.new_tensor(far))])):
-        found = edges.sort_edges(own, delta, looked_up=1 << 20)
-        cell = found._cell(others, Scratch(), ordered=True)
-        assert (found._cells[cell] >= edges.OPEN).sum() < 1000
+        found = sort.sort_breakpoints(own, delta, looked_up=1 << 20)
+        cell = found._cell(others, Workspace(), ordered=True)
+        assert (found._cells[cell] >= sort.HAS_BREAKPOINT).sum() < 1000
 
 
 @pytest.mark.parametrize(
@@ -143,16 +133,16 @@ def test_few_far_positives_leave_the_cells_to_the_others(dtype, delta, far):
         [-(2**63)],
         [2**63 - 1, 2**63 - 2],
         [3, -4, 1000],
-        [0, lines.NUMBERS - 3],
-        [0, lines.NUMBERS - 2],
-        [0, lines.NUMBERS],
+        [0, segments.NUMBERS - 3],
+        [0, segments.NUMBERS - 2],
+        [0, segments.NUMBERS],
     ],
 )
 def test_groups_have_the_lines_of_their_positives(groups):
     """Told by a table or searched for; all without a positive share the line behind the last."""
     own = torch.tensor(groups * 2)
     scores = torch.randn(own.numel())
-    got = edges.sort_edges(scores, 1.0, own).lines
+    got = sort.sort_breakpoints(scores, 1.0, own).segments
     limits = [-(2**63), -(2**63) + 1, 2**63 - 2, 2**63 - 1]
     near = [g + k for g in groups for k in (-1, 0, 1) if -(2**63) <= g + k < 2**63]
     asked = torch.tensor([*limits, -1, 0, 1, *near])
@@ -168,7 +158,7 @@ def test_groups_have_the_lines_of_their_positives(groups):
 
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("few", [0, edges.FEW])
+@pytest.mark.parametrize("few", [0, sort.SEARCH_BELOW])
 @pytest.mark.parametrize("module", [pairwise, breakpoints])
 def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
     """Finite or not, in the counts and in the gradient, at negatives and positives."""
@@ -178,13 +168,11 @@ def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
     counted = []
     for x in (logits, logits.clamp(-LARGEST, LARGEST)):
         levels = [x.reshape(-1, 1, 1)]
-        index, scores = layout.locate(levels, [targets], None, 6, True, IGNORE)
+        batch = batch_of(levels, [targets], delta)
         weights = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        with mock.patch.object(edges, "FEW", few):
-            settings = delta, IGNORE
-            got = module.count(levels, [targets], scores, weights, *settings)
-            own = index, scores, weights, -weights
-            counted.append([*got, *module.gradient(levels, [targets], *own, *settings)])
+        with mock.patch.object(sort, "SEARCH_BELOW", few):
+            got = module.count(batch, weights)
+            counted.append([*got, *module.gradient(batch, weights, -weights)])
     for a, b in zip(*counted, strict=True):
         assert torch.equal(a, b)
     each = 1.0 if delta == 0 else 0.5
@@ -196,19 +184,19 @@ def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
 @st.composite
 def thresholds(draw):
     """Every threshold of the code: as it is, or so low that it is crossed."""
-    few = draw(st.sampled_from([0, 1, 30, 200, edges.FEW]))
+    few = draw(st.sampled_from([0, 1, 30, 200, sort.SEARCH_BELOW]))
     return [
         mock.patch.multiple(
-            edges,
-            FEW=few,
-            CELLS=draw(st.sampled_from([6, 100, edges.CELLS])),
-            CELLS_PER_EDGE=draw(st.sampled_from([0, edges.CELLS_PER_EDGE])),
-            SCORES_PER_CELL=draw(st.sampled_from([1, edges.SCORES_PER_CELL])),
-            FEWEST_CELLS=draw(st.sampled_from([6, edges.FEWEST_CELLS])),
-            MOST_CELLS=draw(st.sampled_from([6, 100, edges.MOST_CELLS])),
-            AT_AN_END=draw(st.sampled_from([2, edges.AT_AN_END])),
-            FAR=draw(st.sampled_from([1, 3, edges.FAR])),
-            REACH=draw(st.sampled_from([0.1, edges.REACH])),
+            sort,
+            SEARCH_BELOW=few,
+            CELLS=draw(st.sampled_from([6, 100, sort.CELLS])),
+            CELLS_PER_BREAKPOINT=draw(st.sampled_from([0, sort.CELLS_PER_BREAKPOINT])),
+            SCORES_PER_CELL=draw(st.sampled_from([1, sort.SCORES_PER_CELL])),
+            FEWEST_CELLS=draw(st.sampled_from([6, sort.FEWEST_CELLS])),
+            MOST_CELLS=draw(st.sampled_from([6, 100, sort.MOST_CELLS])),
+            AT_AN_END=draw(st.sampled_from([2, sort.AT_AN_END])),
+            FAR=draw(st.sampled_from([1, 3, sort.FAR])),
+            REACH=draw(st.sampled_from([0.1, sort.REACH])),
         ),
         mock.patch.multiple(
             breakpoints,
@@ -216,16 +204,16 @@ def thresholds(draw):
             MOST_IN_LANES=draw(st.sampled_from([2, 20, breakpoints.MOST_IN_LANES])),
         ),
         mock.patch.multiple(
-            survey,
-            SURVEY=draw(st.sampled_from([30, 64, 150, survey.SURVEY])),
-            SCARCE=draw(st.sampled_from([0.0, survey.SCARCE, 1.0])),
-            MANY=draw(st.sampled_from([-1.0, survey.MANY, 1.0])),
+            relevant,
+            SURVEY=draw(st.sampled_from([30, 64, 150, relevant.SURVEY])),
+            MAX_SPARSE_RUNS=draw(st.sampled_from([0.0, relevant.MAX_SPARSE_RUNS, 1.0])),
+            MAX_SPARSE_LOGITS=draw(st.sampled_from([-1.0, relevant.MAX_SPARSE_LOGITS, 1.0])),
         ),
         mock.patch.object(layout, "CHUNK", draw(st.sampled_from([20, 63, 100, layout.CHUNK]))),
         mock.patch.multiple(
-            lines,
-            TABLE=draw(st.sampled_from([0, 50, lines.TABLE])),
-            NUMBERS=draw(st.sampled_from([0, 5, lines.NUMBERS])),
+            segments,
+            TABLE=draw(st.sampled_from([0, 50, segments.TABLE])),
+            NUMBERS=draw(st.sampled_from([0, 5, segments.NUMBERS])),
         ),
         mock.patch.object(pairwise, "PAIRS", draw(st.sampled_from([5000, pairwise.PAIRS]))),
     ]
@@ -258,22 +246,18 @@ def test_breakpoints_equal_pairwise_on_both_sides_of_every_threshold(case, cross
     """NFP and rank+ of the hard step to the bit; else to what pairwise rounds in float64."""
     logits, targets, groups, delta, generator = case
     number = sum(level.numel() for level in logits)
-    size = sum(int((target == 1).sum()) for target in targets)
-    index, scores = layout.locate(logits, targets, None, size, True, IGNORE)
+    batch = batch_of(logits, targets, delta, groups)
+    wide, size = widen(batch), batch.scores.numel()
     values, weights = torch.rand((2, size), dtype=torch.float64, generator=generator)
-    grouped = (groups, layout.gather(groups, logits, index)) if groups else ()
-    wide = [level.double() for level in logits]
-    settings = delta, IGNORE, *grouped
-    positives = index, scores.double(), weights, -weights
-    expected = pairwise.count(wide, targets, scores.double(), values, *settings)
-    gradients = pairwise.gradient(wide, targets, *positives, *settings)
+    expected = pairwise.count(wide, values)
+    gradients = pairwise.gradient(wide, weights, -weights)
     for patch in crossed:
         patch.start()
     try:
-        got = breakpoints.count(logits, targets, scores, values, *settings)
-        own = breakpoints.gradient(wide, targets, *positives, *settings)
-        rounded = breakpoints.gradient(logits, targets, index, scores, *positives[2:], *settings)
-        again = pairwise.count(wide, targets, scores.double(), values, *settings)
+        got = breakpoints.count(batch, values)
+        own = breakpoints.gradient(wide, weights, -weights)
+        rounded = breakpoints.gradient(batch, weights, -weights)
+        again = pairwise.count(wide, values)
     finally:
         for patch in crossed:
             patch.stop()
@@ -319,7 +303,9 @@ def _equal_but_one(generator: torch.Generator, size: int) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-3, 1.0, 1e4])
-@pytest.mark.parametrize("size", [edges.FEW - 1, edges.FEW, edges.FEW + 1, 20_000])
+@pytest.mark.parametrize(
+    "size", [sort.SEARCH_BELOW - 1, sort.SEARCH_BELOW, sort.SEARCH_BELOW + 1, 20_000]
+)
 @pytest.mark.parametrize(
     "draw",
     [
@@ -348,12 +334,12 @@ def test_the_loss_of_ordinary_logits(draw, size, delta):
 @pytest.mark.parametrize(
     "positives",
     [
-        breakpoints.MOST_IN_LANES // 2 - 1,  # edges of the soft step, from where rows are given up
+        breakpoints.MOST_IN_LANES // 2 - 1,  # of a soft step: from where rows are given up
         breakpoints.MOST_IN_LANES,
-        edges.FEW // 2,  # scores and bounds are merged as integers
-        edges.FEW - 1,  # and positives sorted
-        edges.FEW,
-        edges.CELLS // edges.CELLS_PER_EDGE + 1,  # cells grow with the edges
+        sort.SEARCH_BELOW // 2,  # scores and bounds are merged as integers
+        sort.SEARCH_BELOW - 1,  # and positives sorted
+        sort.SEARCH_BELOW,
+        sort.CELLS // sort.CELLS_PER_BREAKPOINT + 1,  # cells grow with them
     ],
 )
 @pytest.mark.parametrize("kind", ["any", "normal", "equal", "steps"])
@@ -362,11 +348,10 @@ def test_many_positives(kind, positives, delta):
     generator = torch.Generator().manual_seed(positives)
     x = draw_scores(kind, positives + 20_000, torch.float32, delta, generator)
     targets = (torch.arange(x.numel()) < positives).long().reshape(-1, 1, 1)
-    levels = [x.reshape(-1, 1, 1)]
-    index, scores = layout.locate(levels, [targets], None, positives, True, IGNORE)
+    batch = batch_of([x.reshape(-1, 1, 1)], [targets], delta)
     values = torch.rand(positives, dtype=torch.float64, generator=generator)
-    got = breakpoints.count(levels, [targets], scores, values, delta, IGNORE)
-    wide, negatives = scores.double(), layout.finite(x[positives:]).double()
+    got = breakpoints.count(batch, values)
+    wide, negatives = batch.scores.double(), layout.finite(x[positives:]).double()
     some = torch.randint(positives, (40,), generator=generator)
     h = pairwise.step(negatives - wide[some, None], delta)
     torch.testing.assert_close(got[0][some], h.sum(1), rtol=1e-9, atol=1e-9)
@@ -375,8 +360,7 @@ def test_many_positives(kind, positives, delta):
     torch.testing.assert_close(got[1][some], 1 + h.sum(1), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got[2][some], h @ values, rtol=1e-9, atol=1e-9)
 
-    arguments = index, scores, values, -values, delta, IGNORE
-    (gradient,) = breakpoints.gradient(levels, [targets], *arguments)
+    (gradient,) = breakpoints.gradient(batch, values, -values)
     gradient = gradient.view(-1)
     assert torch.equal(gradient[:positives], -values.float())
     some = torch.randint(20_000, (40,), generator=generator)

@@ -11,21 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-from examples import IGNORE
+from examples import batch_of, widen
 from torch import Tensor
 
 from alrp_triton import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss
 from alrp_triton.loss_terms import ap_errors
-from alrp_triton.reference import layout, pairwise
-from alrp_triton.reference.breakpoints import (
-    ranks as breakpoints,
-)
-from alrp_triton.reference.breakpoints import (
-    relevant as survey,
-)
-from alrp_triton.reference.breakpoints import (
-    sort as edges,
-)
+from alrp_triton.reference import pairwise
+from alrp_triton.reference.breakpoints import ranks as breakpoints
+from alrp_triton.reference.breakpoints import relevant, sort
 
 LOSSES = {
     "AP": lambda x, t, values, **given: [ap_loss(x, t, **given)],
@@ -125,21 +118,22 @@ def test_without_a_positive_nan_is_nothing(loss, algorithm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("many", [-1.0, 1.0])
-@pytest.mark.parametrize("few", [0, edges.FEW])
+@pytest.mark.parametrize("few", [0, sort.SEARCH_BELOW])
 @pytest.mark.parametrize("place", PLACES)
 def test_nan_spoils_the_same_numbers(place, few, many, sign, dtype):
     """A NaN among the positives all three, one among the negatives NFP; others are as before."""
     logits, marks = batch("many", place, sign, dtype)
     levels, targets = [logits.reshape(4, 5, -1)], [marks.reshape(4, 5, -1)]
-    index, scores = layout.locate(levels, targets, None, int((marks == 1).sum()), True, IGNORE)
-    values = torch.rand(index.numel(), dtype=torch.float64)
+    values = torch.rand(int((marks == 1).sum()), dtype=torch.float64)
     images = [torch.arange(4).reshape(4, 1, 1).expand_as(targets[0])]
-    for groups in ((), (images, layout.gather(images, levels, index))):
-        arguments = levels, targets, scores, values, 1.0, IGNORE, *groups
-        wide = [level.double() for level in levels]
-        expected = pairwise.count(wide, targets, scores.double(), *arguments[3:])
-        with mock.patch.object(edges, "FEW", few), mock.patch.object(survey, "MANY", many):
-            got = breakpoints.count(*arguments)
+    for groups in ((), images):
+        given = batch_of(levels, targets, 1.0, groups)
+        expected = pairwise.count(widen(given), values)
+        with (
+            mock.patch.object(sort, "SEARCH_BELOW", few),
+            mock.patch.object(relevant, "MAX_SPARSE_LOGITS", many),
+        ):
+            got = breakpoints.count(given, values)
         for a, b, ranked in zip(got, expected, (False, True, True), strict=True):
             spoiled = "positive" in place or not ranked
             assert b.isnan().all() if spoiled else not b.isnan().any()

@@ -7,22 +7,23 @@ from fractions import Fraction
 
 import pytest
 import torch
-from examples import DISTRIBUTIONS, IGNORE, detector_batch, relative_error, to_levels
+from examples import (
+    DISTRIBUTIONS,
+    IGNORE,
+    batch_of,
+    detector_batch,
+    relative_error,
+    to_batch,
+    widen,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alrp_triton.reference import layout, pairwise
-from alrp_triton.reference.breakpoints import (
-    ranks as breakpoints,
-)
-from alrp_triton.reference.breakpoints import (
-    relevant as survey,
-)
-from alrp_triton.reference.breakpoints import (
-    sort as edges,
-)
+from alrp_triton.reference.breakpoints import ranks as breakpoints
+from alrp_triton.reference.breakpoints import relevant, sort
 from alrp_triton.reference.breakpoints.block_maxima import RUN, find
-from alrp_triton.reference.breakpoints.workspace import Scratch
+from alrp_triton.reference.breakpoints.workspace import Workspace
 from alrp_triton.testing.cases import poisoned
 from perf.timing import peak_memory
 
@@ -43,13 +44,11 @@ def test_pairwise_says_what_the_equations_say(delta):
     logits = torch.randint(-4, 5, (12, 3, 2), generator=generator).double() * unit
     targets = torch.tensor([0, -1, 2, IGNORE, 1, 3, -1, -1, 0, 2, IGNORE, -1] * 2).reshape(12, 2)
     size = 10
-    index, scores = layout.locate([logits], [targets], None, size, True, IGNORE)
+    batch = batch_of([logits], [targets], delta)
     values = torch.rand(size, dtype=torch.float64, generator=generator)
     weights = torch.rand(size, dtype=torch.float64, generator=generator)
-    got = pairwise.count([logits], [targets], scores, values, delta, IGNORE)
-    gradient = pairwise.gradient(
-        [logits], [targets], index, scores, weights, -values, delta, IGNORE
-    )[0]
+    got = pairwise.count(batch, values)
+    (gradient,) = pairwise.gradient(batch, weights, -values)
 
     positives, negatives, expected = [], [], torch.zeros_like(logits)
     for b in range(12):
@@ -62,7 +61,7 @@ def test_pairwise_says_what_the_equations_say(delta):
                     negatives.append((b, c, m))
     positives.sort(key=lambda p: (p[0], p[2]))  # the order of the targets
     s = [float(logits[p]) for p in positives]
-    assert s == scores.tolist()
+    assert s == batch.scores.tolist()
     for i, p in enumerate(positives):
         others = [k for k in range(size) if k != i]
         nfp = math.fsum(plain_step(float(logits[j]) - s[i], delta) for j in negatives)
@@ -142,13 +141,12 @@ def test_minus_infinity_ties_with_itself(dtype, number, delta):
     logits = torch.full((1, 1, number), -math.inf, dtype=dtype)
     targets = torch.full((1, number), -1)
     targets[0, -1] = 0
-    levels = [logits], [targets]
-    index, scores = layout.locate(*levels, None, 1, True, IGNORE)
+    batch = batch_of([logits], [targets], delta)
     values = torch.ones(1, dtype=torch.float64)
-    nfp, _, _ = breakpoints.count(*levels, scores, values, delta, IGNORE)
+    nfp, _, _ = breakpoints.count(batch, values)
     each = 1.0 if delta == 0 else 0.5
     assert nfp.item() == each * (number - 1)
-    (gradient,) = breakpoints.gradient(*levels, index, scores, values, -values, delta, IGNORE)
+    (gradient,) = breakpoints.gradient(batch, values, -values)
     assert (gradient[..., :-1] == each).all()
 
 
@@ -156,12 +154,11 @@ def test_minus_infinity_ties_with_itself(dtype, number, delta):
 def test_logits_may_require_a_gradient(distribution):
     """Neither function is differentiated, by whoever calls it."""
     logits, targets = detector_batch(distribution, 1000, 80, 20)
-    levels, level_targets, index, scores = to_levels(logits, targets)
-    levels[0].requires_grad_()
+    batch = to_batch(logits, targets)
+    batch.logits[0].requires_grad_()
     values = torch.rand(20, dtype=torch.float64)
-    counted = breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE)
-    arguments = level_targets, index, scores, values, -values, 1.0, IGNORE
-    gradients = breakpoints.gradient(levels, *arguments)
+    counted = breakpoints.count(batch, values)
+    gradients = breakpoints.gradient(batch, values, -values)
     assert not any(x.requires_grad for x in (*counted, *gradients))
 
 
@@ -170,25 +167,21 @@ def test_logits_may_require_a_gradient(distribution):
 def test_breakpoints_equal_pairwise(case):
     """Entry by entry to 1e-9 relative, whatever the regime; the truth is float64 pairwise."""
     logits, targets, groups, delta, generator = case
-    upcast = [level.double() for level in logits]
-    pairs = list(zip(logits, targets, strict=True))
-    size = sum(int(layout.is_positive(*pair, IGNORE).sum()) for pair in pairs)
-    index, scores = layout.locate(logits, targets, None, size, True, IGNORE)
+    batch = batch_of(logits, targets, delta, groups)
+    wide, size = widen(batch), batch.scores.numel()
     values = torch.rand(size, dtype=torch.float64, generator=generator)
     weights = torch.rand(size, dtype=torch.float64, generator=generator)
 
-    grouped = (groups, layout.gather(groups, logits, index)) if groups else ()
-    expected = pairwise.count(upcast, targets, scores.double(), values, delta, IGNORE, *grouped)
-    got = breakpoints.count(logits, targets, scores, values, delta, IGNORE, *grouped)
+    expected = pairwise.count(wide, values)
+    got = breakpoints.count(batch, values)
     assert relative_error(got[0], expected[0]) < 1e-9
     assert relative_error(got[1], expected[1]) < 1e-9
     # S is a difference of what all and what oneself contributes; both sides round H near 0 alike.
     assert (got[2] - expected[2]).abs().max() < 1e-9 if size else True
 
-    arguments = (targets, index, scores, weights, -weights, delta, IGNORE, *grouped)
-    expected = pairwise.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
-    got = breakpoints.gradient(upcast, *arguments[:2], scores.double(), *arguments[3:])
-    rounded = breakpoints.gradient(logits, *arguments)
+    expected = pairwise.gradient(wide, weights, -weights)
+    got = breakpoints.gradient(wide, weights, -weights)
+    rounded = breakpoints.gradient(batch, weights, -weights)
     for a, b, c in zip(got, rounded, expected, strict=True):
         assert relative_error(a, c) < 1e-9
         # The same in the logits' dtype, where one rounding of the result is allowed and no more.
@@ -204,27 +197,27 @@ def test_breakpoints_equal_pairwise(case):
 def test_the_table_finds_the_intervals_that_a_search_finds(
     distribution, dtype, delta, cells, monkeypatch
 ):
-    """With scores at the edges themselves, one float off them, outside all, infinite and NaN."""
-    monkeypatch.setattr(edges, "CELLS", cells)
-    monkeypatch.setattr(edges, "CELLS_PER_EDGE", 0)
-    monkeypatch.setattr(edges, "FEW", 0)
+    """With scores at breakpoints, one float off them, outside all, infinite and NaN."""
+    monkeypatch.setattr(sort, "CELLS", cells)
+    monkeypatch.setattr(sort, "CELLS_PER_BREAKPOINT", 0)
+    monkeypatch.setattr(sort, "SEARCH_BELOW", 0)
     logits, targets = detector_batch(distribution, 300, 4, 20)
-    _, _, _, scores = to_levels(logits.to(dtype), targets)
+    scores = to_batch(logits.to(dtype), targets).scores
     for moved in (scores, scores * 0 - 4.595, scores * 1e4, scores * 1e-42, scores * 0):
-        found = edges.sort_edges(moved, delta)
+        found = sort.sort_breakpoints(moved, delta)
         key = found.key
         far = torch.tensor([-layout.LARGEST, -1e4, 1e4, layout.LARGEST, math.nan], dtype=dtype)
         near = [key, key.nextafter(key + 1), key.nextafter(key - 1)]
         given = layout.finite(torch.cat([*near, logits.flatten().to(dtype), far]))
         expected = torch.bucketize(given, key, right=True)
-        got = found.look_up(given, None, Scratch())
+        got = found.look_up(given, None, Workspace())
         assert ((got >= 0) & (got <= key.numel())).all()
         assert torch.equal(got[:-1].long(), expected[:-1])
 
         values = torch.rand(found.high.numel(), dtype=dtype)
         ordered = given[:-1]
         for known in (False, True):
-            told = edges.Steps(found, values)(ordered, None, Scratch(), known)
+            told = sort.Steps(found, values)(ordered, None, Workspace(), known)
             assert torch.equal(told, values[expected[:-1]])
 
 
@@ -237,15 +230,15 @@ def test_what_is_wanted_is_found_in_every_run(number):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("delta", [0.1, 1e-3, 1.0, 1e9])
-@pytest.mark.parametrize("few", [0, edges.FEW])
-def test_edges_stand_in_the_order_of_their_exact_values(few, delta, dtype, monkeypatch):
-    """Fractions are exact; many of the edges differ by less than a float, or not at all."""
-    monkeypatch.setattr(edges, "FEW", few)
+@pytest.mark.parametrize("few", [0, sort.SEARCH_BELOW])
+def test_breakpoints_stand_in_the_order_of_their_exact_values(few, delta, dtype, monkeypatch):
+    """Fractions are exact; many of them differ by less than a float, or not at all."""
+    monkeypatch.setattr(sort, "SEARCH_BELOW", few)
     step = Fraction(delta) * 2
     steps = [Fraction(k, 3) for k in range(-9, 10)] + [Fraction(0)] * 2
     scores = torch.tensor([float(step * k) for k in steps], dtype=dtype)
     scores = torch.cat([scores, -scores, scores.nextafter(scores + 1), scores.new_tensor([-0.0])])
-    got = edges.sort_edges(scores, delta)
+    got = sort.sort_breakpoints(scores, delta)
     values = [(Fraction(s) + sign * Fraction(delta)) for sign in (-1, 1) for s in scores.tolist()]
     order = sorted(range(len(values)), key=values.__getitem__)  # stable
     places = torch.empty(len(order), dtype=torch.int64)
@@ -264,21 +257,18 @@ def test_edges_stand_in_the_order_of_their_exact_values(few, delta, dtype, monke
 def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkeypatch):
     """The loop over blocks of a level: 12 000 logits in blocks of 1000, by rows and by places."""
     logits, targets = detector_batch(distribution, 600, 20, 40)
-    levels, level_targets, index, scores = to_levels(logits.double(), targets)
-    long = [levels[0].reshape(1, 600, 20).transpose(1, 2)]  # one row of 600 places
+    batch = to_batch(logits.double(), targets, delta)
+    row = batch.logits[0].reshape(1, 600, 20).transpose(1, 2)  # one row of 600 places
     values = torch.rand(40, dtype=torch.float64)
-    expected = pairwise.count(levels, level_targets, scores, values, delta, IGNORE)
-    gradient = pairwise.gradient(
-        levels, level_targets, index, scores, values, -values, delta, IGNORE
-    )[0]
+    expected = pairwise.count(batch, values)
+    (gradient,) = pairwise.gradient(batch, values, -values)
     monkeypatch.setattr(layout, "CHUNK", 1000)
-    monkeypatch.setattr(edges, "FEW", 0)  # so that blocks are looked up in the table
+    monkeypatch.setattr(sort, "SEARCH_BELOW", 0)  # so that blocks are looked up in the table
     for module in (pairwise, breakpoints):
-        for shape, cut in ((levels, level_targets), (long, [targets.reshape(1, 600)])):
-            place, _ = layout.locate(shape, cut, None, 40, True, IGNORE)
-            got = module.count(shape, cut, scores, values, delta, IGNORE)
+        for cut in (batch, batch_of([row], [targets.reshape(1, 600)], delta)):
+            got = module.count(cut, values)
             assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
-            got = module.gradient(shape, cut, place, scores, values, -values, delta, IGNORE)[0]
+            (got,) = module.gradient(cut, values, -values)
             got = got.transpose(1, 2).reshape(600, 20, 1) if got.shape[0] == 1 else got
             assert relative_error(got, gradient) < 1e-11
 
@@ -298,25 +288,22 @@ def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, ma
         rows, places = layout.is_positive(logits, targets, IGNORE).nonzero(as_tuple=True)
         marks[rows, targets[rows, places], places] = 1
         targets = marks
-    index, scores = layout.locate([logits], [targets], None, 40, True, IGNORE)
     values = torch.rand(40, dtype=torch.float64)
-    wide = [logits.double()], [targets]
-    groups = ()
+    groups = []
     if grouped:
         images = torch.arange(6).reshape(6, *[1] * (targets.dim() - 1)).expand_as(targets)
-        parts = [torch.where(torch.rand(targets.shape) < 0.1, -images, images)]
-        groups = parts, layout.gather(parts, [logits], index)
-    settings = 0.5, IGNORE, *groups
-    expected = pairwise.count(*wide, scores.double(), values, *settings)
-    arguments = index, scores.double(), values, -values, *settings
-    gradient = pairwise.gradient(*wide, *arguments)[0]
-    monkeypatch.setattr(survey, "MANY", many)
-    monkeypatch.setattr(survey, "SURVEY", 2000)
+        groups = [torch.where(torch.rand(targets.shape) < 0.1, -images, images)]
+    batch = batch_of([logits], [targets], 0.5, groups)
+    wide = widen(batch)
+    expected = pairwise.count(wide, values)
+    (gradient,) = pairwise.gradient(wide, values, -values)
+    monkeypatch.setattr(relevant, "MAX_SPARSE_LOGITS", many)
+    monkeypatch.setattr(relevant, "SURVEY", 2000)
     monkeypatch.setattr(layout, "CHUNK", 500)
-    for levels, compared in ((wide[0], scores.double()), ([logits], scores)):
-        got = breakpoints.count(levels, [targets], compared, values, *settings)
+    for compared in (wide, batch):
+        got = breakpoints.count(compared, values)
         assert all(relative_error(a, b) < 1e-11 for a, b in zip(got, expected, strict=True))
-    assert relative_error(breakpoints.gradient(*wide, *arguments)[0], gradient) < 1e-11
+    assert relative_error(breakpoints.gradient(wide, values, -values)[0], gradient) < 1e-11
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0])
@@ -325,31 +312,31 @@ def test_every_entry_of_the_gradient_is_written(many, delta, monkeypatch):
     """Its memory is not cleared first, and many, few or none of a block may be relevant."""
     logits, targets = detector_batch("mid", 600, 20, 40)
     logits[200:400] = logits[200:400].where(targets[200:400, None] >= 0, -1e4)
-    levels, level_targets, index, scores = to_levels(logits, targets)
-    levels = [*levels, torch.full((3, 20, 30), -1e4), torch.empty(0, 20, 30)]
-    level_targets = [*level_targets, *(torch.full((n, 30), -1) for n in (3, 0))]
-    arguments = index, scores, torch.rand(40), -torch.rand(40), delta, IGNORE
-    expected = pairwise.gradient(levels, level_targets, *arguments)
-    monkeypatch.setattr(survey, "MANY", many)
-    monkeypatch.setattr(survey, "SURVEY", 2000)
+    batch = to_batch(logits, targets, delta)
+    batch = batch._replace(
+        logits=[*batch.logits, torch.full((3, 20, 30), -1e4), torch.empty(0, 20, 30)],
+        targets=[*batch.targets, *(torch.full((n, 30), -1) for n in (3, 0))],
+    )
+    vectors = torch.rand(40), -torch.rand(40)
+    expected = pairwise.gradient(batch, *vectors)
+    monkeypatch.setattr(relevant, "MAX_SPARSE_LOGITS", many)
+    monkeypatch.setattr(relevant, "SURVEY", 2000)
     monkeypatch.setattr(layout, "CHUNK", 500)
     with poisoned():
-        got = breakpoints.gradient(levels, level_targets, *arguments)
+        got = breakpoints.gradient(batch, *vectors)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_many_positives_among_a_million_logits():
-    """P = 50 000: most cells of the table hold an edge. Every 5000th positive against pairwise."""
+    """P = 50 000: most cells hold a breakpoint. Every 5000th positive against pairwise."""
     logits, targets = detector_batch("spread", 100_000, 10, 50_000)
-    levels, level_targets, index, scores = to_levels(logits, targets)
+    batch = to_batch(logits, targets)
+    wide, scores = widen(batch), batch.scores
     values = torch.rand(scores.numel(), dtype=torch.float64)
-    got = breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE)
+    got = breakpoints.count(batch, values)
     sample = torch.arange(0, scores.numel(), 5000)
-    wide = [level.double() for level in levels]
-    expected = pairwise.count(
-        wide, level_targets, scores[sample].double(), values[sample], 1.0, IGNORE
-    )
+    expected = pairwise.count(wide.select(sample), values[sample])
     assert relative_error(got[0][sample], expected[0]) < 1e-12
     h = pairwise.step(scores.double() - scores[sample].double()[:, None], 1.0)
     h[torch.arange(sample.numel()), sample] = 0
@@ -357,15 +344,13 @@ def test_many_positives_among_a_million_logits():
     assert relative_error(got[2][sample], h @ values) < 1e-12
 
     weights = values / got[0]
-    gradient = breakpoints.gradient(
-        wide, level_targets, index, scores.double(), weights, -values, 1.0, IGNORE
-    )[0]
+    (gradient,) = breakpoints.gradient(wide, weights, -values)
     total = gradient.sum() + values.sum()  # of the negatives: each positive passes its value on
     assert abs(total / values.sum() - 1) < 1e-12
-    mask = torch.ones_like(levels[0], dtype=torch.bool)
-    negative = layout.exclude_non_negatives(mask, level_targets[0], IGNORE).nonzero()
+    mask = torch.ones_like(batch.logits[0], dtype=torch.bool)
+    negative = layout.exclude_non_negatives(mask, batch.targets[0], IGNORE).nonzero()
     for place in negative[::100_003]:
-        h = pairwise.step(wide[0][tuple(place)] - scores.double(), 1.0)
+        h = pairwise.step(wide.logits[0][tuple(place)] - scores.double(), 1.0)
         assert relative_error(gradient[tuple(place)], (h * weights).sum()) < 1e-12
 
 
@@ -374,17 +359,15 @@ def test_memory_beyond_the_gradient_is_that_of_a_part(distribution):
     """8 million logits, 32 MB: count and gradient take at most 24 MB more than the gradient."""
     cpu = torch.device("cpu")
     logits, targets = detector_batch(distribution, 100_000, 80, 1000)
-    levels, level_targets, index, scores = to_levels(logits, targets)
+    batch = to_batch(logits, targets)
     values = torch.rand(1000, dtype=torch.float64)
-    arguments = levels, level_targets, scores, values, 1.0, IGNORE
-    breakpoints.count(*arguments)  # what torch itself loads at its first call
-    peak = peak_memory(lambda: breakpoints.count(*arguments), cpu)
+    breakpoints.count(batch, values)  # what torch itself loads at its first call
+    peak = peak_memory(lambda: breakpoints.count(batch, values), cpu)
     if peak is None:
         pytest.skip("the system does not tell the peak")
     assert peak < 24 << 20
-    arguments = levels, level_targets, index, scores, values, values, 1.0, IGNORE
-    peak = peak_memory(lambda: breakpoints.gradient(*arguments), cpu)
-    assert peak < levels[0].nbytes + (24 << 20)
+    peak = peak_memory(lambda: breakpoints.gradient(batch, values, values), cpu)
+    assert peak < batch.logits[0].nbytes + (24 << 20)
 
 
 def test_no_negative_counts_as_exactly_nothing():
@@ -392,9 +375,7 @@ def test_no_negative_counts_as_exactly_nothing():
     scores = torch.tensor([3.0, 3.3, 9.0], dtype=torch.float64)
     levels = [torch.cat([scores, torch.full((50,), 0.1, dtype=torch.float64)]).reshape(-1, 1, 1)]
     targets = [torch.tensor([1] * 3 + [0] * 50).reshape(-1, 1, 1)]
-    nfp, rank_positive, value_sum = breakpoints.count(
-        levels, targets, scores, torch.rand(3), 1.0, IGNORE
-    )
+    nfp, rank_positive, value_sum = breakpoints.count(batch_of(levels, targets), torch.rand(3))
     assert (nfp == 0).all()
     assert rank_positive[2] == 1
     assert value_sum[2] == 0
@@ -402,15 +383,12 @@ def test_no_negative_counts_as_exactly_nothing():
 
 def test_values_may_be_of_either_sign():
     logits, targets = detector_batch("spread", 200, 3, 30)
-    levels, level_targets, index, scores = to_levels(logits.double(), targets)
+    batch = to_batch(logits.double(), targets)
     values = torch.randn(30, dtype=torch.float64)
-    for got, expected in zip(
-        breakpoints.count(levels, level_targets, scores, values, 1.0, IGNORE),
-        pairwise.count(levels, level_targets, scores, values, 1.0, IGNORE),
-        strict=True,
-    ):
+    counted = breakpoints.count(batch, values), pairwise.count(batch, values)
+    for got, expected in zip(*counted, strict=True):
         assert (got - expected).abs().max() < 1e-11
-    arguments = (levels, level_targets, index, scores, values, values, 1.0, IGNORE)
+    arguments = batch, values, values
     difference = breakpoints.gradient(*arguments)[0] - pairwise.gradient(*arguments)[0]
     assert difference.abs().max() < 1e-11
 

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from examples import IGNORE, detector_batch, relative_error, to_levels
+from examples import batch_of, detector_batch, relative_error, to_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alrp_triton.reference import layout, pairwise, skewed
-from alrp_triton.reference import rank_sort as sorting
-from alrp_triton.reference.breakpoints import (
-    ranks as breakpoints,
-)
-from alrp_triton.reference.breakpoints import (
-    segments as lines,
-)
-from alrp_triton.reference.breakpoints import (
-    sort as edges,
-)
-from alrp_triton.reference.breakpoints import (
-    sums,
-)
+from alrp_triton.reference import pairwise, rank_sort, skewed
+from alrp_triton.reference.breakpoints import ranks as breakpoints
+from alrp_triton.reference.breakpoints import segments, sort, sums
 
 # What torch documents to add in no fixed order on CUDA (`use_deterministic_algorithms`): at any
 # time, or given weights, or where `accumulate` is true.
@@ -57,22 +46,18 @@ class InAnyOrder(TorchDispatchMode):
 def run_all(grouped: bool, delta: float) -> list[torch.Tensor]:
     """What every function of the reference returns, whose terms are floats."""
     logits, targets = detector_batch("spread", 300, 4, 40)
-    levels, level_targets, index, scores = to_levels(logits, targets)
-    groups = ()
+    batch = to_batch(logits, targets, delta)
     if grouped:
-        images = [torch.arange(300)[:, None] % 7]
-        groups = images, layout.gather(images, levels, index)
+        batch = batch_of(batch.logits, batch.targets, delta, [torch.arange(300)[:, None] % 7])
     values = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    settings, own = (delta, IGNORE, *groups), groups[1] if grouped else None
-    positives = index, scores, values, -values
     out = []
     for module in (breakpoints, pairwise):
-        out += module.count(levels, level_targets, scores, values, *settings)
-        out += module.gradient(levels, level_targets, *positives, *settings)
-    out.append(skewed.mass(levels, level_targets, scores, values, *settings))
-    out += skewed.gradient(levels, level_targets, *positives, values, *settings)
-    out += sorting.count(scores, values, values, delta, own)
-    out.append(sorting.gradient(scores, values, values, delta, own))
+        out += module.count(batch, values)
+        out += module.gradient(batch, values, -values)
+    out.append(skewed.mass(batch, values))
+    out += skewed.gradient(batch, values, -values, values)
+    out += rank_sort.count(batch, values, values)
+    out.append(rank_sort.gradient(batch, values, values))
     return out
 
 
@@ -80,8 +65,8 @@ def run_all(grouped: bool, delta: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_floats_are_added_in_a_fixed_order(grouped, delta, monkeypatch):
     """Without an operator that torch tells of; and to the same as in a CPU's order."""
-    monkeypatch.setattr(edges, "FEW", 0)
-    monkeypatch.setattr(lines, "TABLE", 0)
+    monkeypatch.setattr(sort, "SEARCH_BELOW", 0)
+    monkeypatch.setattr(segments, "TABLE", 0)
     with InAnyOrder() as on_a_cpu:
         expected = run_all(grouped, delta)
     assert "bincount" in on_a_cpu.names  # which goes by order there

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import divide, magic_of
-from ..strided import is_dense, origin_of
+from ..language import magic_of
+from ..strided import is_dense, origin_of, places_of, read_groups
 
 PATTERNS = 1 << 16  # of the bits of 16-bit logits
 
@@ -56,53 +56,49 @@ def write_tile(values, tile, behind, written, ALIGNED: tl.constexpr, NUMBER: tl.
 
 
 @triton.jit
-def line_of_tile(lines, tile, size, NUMBER: tl.constexpr):
-    """Whether a tile lies on one line as a whole; the line of its first logit, and where that is.
+def segment_of_tile(segments, extent, tile, size, NUMBER: tl.constexpr):
+    """Return whether one segment has a whole tile; that of its first logit, and where this is.
 
-    It does wherever the line cannot change between its first logit and its last: along an axis of
-    stride 0, as everywhere in an image, or where both have the same place.
+    It does wherever the segment cannot change between its first logit and its last: along an axis
+    of stride 0, as everywhere in an image, or where both have the same place.
     """
-    values, strides, sizes = lines
+    base, strides = segments
     start = tl.cast(tile, tl.int64) * NUMBER
-    outer, middle, inner = origin_of(start, sizes[0], sizes[1])
-    rest = tl.minimum(start + NUMBER, size) - 1 - outer * sizes[0] * sizes[1]
-    same_outer = rest < tl.cast(sizes[0], tl.int64) * sizes[1]
-    same_middle = rest < (tl.cast(middle, tl.int64) + 1) * sizes[1]
-    alone = (same_outer | (strides[0] == 0)) & (same_middle | (strides[1] == 0)) & (strides[2] == 0)
-    line = tl.load(values + outer * strides[0] + middle * strides[1] + inner * strides[2])
-    return alone, line, (outer, middle, inner)
+    origin = origin_of(start, extent)
+    rest = tl.minimum(start + NUMBER, size) - 1 - origin.outer * extent.middle * extent.inner
+    same_outer = rest < tl.cast(extent.middle, tl.int64) * extent.inner
+    same_middle = rest < (tl.cast(origin.middle, tl.int64) + 1) * extent.inner
+    alone = (same_outer | (strides.outer == 0)) & (same_middle | (strides.middle == 0))
+    at = base + origin.outer * strides.outer + origin.middle * strides.middle
+    segment = tl.load(at + origin.inner * strides.inner)
+    return alone & (strides.inner == 0), segment, origin
 
 
 @triton.jit
-def read_lines(lines, origin, behind, NUMBER: tl.constexpr):
-    """The line of each logit of a tile; behind the end, that of the last one."""
-    values, strides, sizes = lines
-    middle, inner, middle_magic, inner_magic = sizes
+def read_segments(segments, extent, origin, behind, NUMBER: tl.constexpr):
+    """The segment of each logit of a tile; behind the end, that of the last one."""
     local = tl.minimum(tl.arange(0, NUMBER), NUMBER - 1 - behind)
-    row, i = divide((local + origin[2]).to(tl.uint32), inner, inner_magic)
-    o, m = divide(row + tl.cast(origin[1], tl.uint32), middle, middle_magic)
-    o, m, i = origin[0] + o.to(tl.int64), m.to(tl.int64), i.to(tl.int64)
-    return tl.load(values + (o * strides[0] + m * strides[1] + i * strides[2]))
+    return read_groups(segments, origin, places_of(local, origin, extent), 2)
 
 
-def lay_out_lines(logits: Tensor, lines: Tensor | None) -> dict[str, Any]:
-    """Arguments by which a kernel tells the line of a logit from its place in memory.
+def lay_out_segments(logits: Tensor, segments: Tensor | None) -> dict[str, Any]:
+    """Arguments by which a kernel tells the segment of a logit from its place in memory.
 
     Args:
         logits: (B, C, M), which fill a stretch of memory.
-        lines: (B, M) or (B, C, M) int32; None without groups.
+        segments: (B, M) or (B, C, M) int32; None without groups.
     """
     shape: Sequence[int] = (1, 1, 1)
     strides: Sequence[int] = (0, 0, 0)
-    if lines is not None:
+    if segments is not None:
         of_axis = logits.stride()
         axes = sorted(range(3), key=lambda axis: (logits.shape[axis] > 1, -of_axis[axis]))
-        spread = lines if lines.dim() == 3 else lines[:, None].expand(logits.shape)
+        spread = segments if segments.dim() == 3 else segments[:, None].expand(logits.shape)
         shape = [logits.shape[axis] for axis in axes]
         strides = [spread.stride(axis) if logits.shape[axis] > 1 else 0 for axis in axes]
     return {
-        "lines": lines,
-        **{f"lines_{place}": stride for place, stride in enumerate(strides)},
+        "segments": segments,
+        **{f"segments_{place}": stride for place, stride in enumerate(strides)},
         "middle": shape[1],
         "inner": shape[2],
         "middle_magic": magic_of(shape[1]),
@@ -144,9 +140,9 @@ def read_anchors(
     return row, place, channel, positive, ignored
 
 
-def have_patterns(logits: Sequence[Tensor], lines: Any) -> bool:
-    """Whether each bit pattern is looked up once: of 16-bit logits, which all lie on one line."""
-    return lines is None and any(level.numel() and level.element_size() == 2 for level in logits)
+def have_patterns(logits: Sequence[Tensor], segments: Any) -> bool:
+    """Return whether bit patterns are looked up: of 16-bit logits, which all have one segment."""
+    return segments is None and any(level.numel() and level.element_size() == 2 for level in logits)
 
 
 def pieces_of(logits: Tensor) -> int:
@@ -155,19 +151,19 @@ def pieces_of(logits: Tensor) -> int:
 
 
 def pieces(
-    logits: Tensor, targets: Tensor, lines: Tensor | None, out: Tensor | None = None
+    logits: Tensor, targets: Tensor, segments: Tensor | None, out: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """A level as it is if it fills a stretch of memory, else copies of its pieces, in turn.
 
     Yields:
         logits, which fill a stretch of memory; targets, which lie beside them if there is one for
-        each; lines, if there are any, for which no axis may be longer than `divide` allows; and,
+        each; segments, if there are any, for which no axis may be longer than `divide` allows; and,
         given `out`, where the gradient is to be written, beside the logits too.
     """
     beside = targets if targets.dim() == logits.dim() else logits
     dense = is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits))
-    if dense and (lines is None or max(logits.shape) < _LONGEST):
-        yield logits, targets, lines, out
+    if dense and (segments is None or max(logits.shape) < _LONGEST):
+        yield logits, targets, segments, out
         return
     batch, classes, places = logits.shape
     rows = max(1, _PIECE // (classes * places))
@@ -177,12 +173,12 @@ def pieces(
             cut = (slice(row, row + rows), ..., slice(place, place + step))
             piece = logits[cut].contiguous()
             beside = targets[cut].contiguous() if targets.dim() == logits.dim() else targets[cut]
-            line = None if lines is None else lines[cut]
+            segment = None if segments is None else segments[cut]
             if out is None:
-                yield piece, beside, line, None
+                yield piece, beside, segment, None
             else:
                 gradient = torch.empty_like(piece)
-                yield piece, beside, line, gradient
+                yield piece, beside, segment, gradient
                 out[cut] = gradient
 
 

@@ -1,4 +1,4 @@
-"""The gradient by the negatives: between two edges it is a straight ramp, which is looked up."""
+"""The gradient by the negatives: linear between two breakpoints, so that its piece is looked up."""
 
 from collections.abc import Sequence
 
@@ -7,26 +7,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...reference.layout import Batch
 from ..language import bits_of, finite, jit, nan_maximum, real
-from ..segments import Lines, by_level
+from ..segments import Segments, by_level
+from ..strided import Axes, Extent, Groups
 from ..tuning.block_sizes import BreakpointTiles
 from .dense import (
     PATTERNS,
     have_patterns,
     is_aligned,
     lay_out_anchors,
-    lay_out_lines,
-    line_of_tile,
+    lay_out_segments,
     pattern_of,
     pattern_scores,
     pieces,
     read_anchors,
-    read_lines,
+    read_segments,
     read_tile,
+    segment_of_tile,
     write_tile,
 )
 from .scan import integrate
-from .sort import ANY_POSITIVE, BAD_WEIGHT, HALVINGS, Edges, find, read_limits
+from .sort import (
+    ANY_POSITIVE,
+    BAD_WEIGHT,
+    HALVINGS,
+    Breakpoints,
+    LookUp,
+    find,
+    read_limits,
+    within,
+)
 
 
 @jit
@@ -35,8 +46,8 @@ def _slopes_kernel(
     scores,
     ranks,
     weights,  # (P,) float64
-    jump,  # (1, 2P) float64, out: how the slope of the gradient changes at each edge
-    known,  # (_KNOWN,) int32, out
+    jump,  # (1, 2P) float64, out: how the slope of the gradient changes at each breakpoint
+    flags,  # (_FLAGS,) int32, out
     positives,
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
@@ -50,7 +61,7 @@ def _slopes_kernel(
     weight = tl.load(weights + place, mask=mask & (s != float("-inf")), other=0.0)
     weight = tl.where(s == s, weight, float("nan"))
     bad = tl.max((weight - weight != 0.0).to(tl.int32), 0)
-    tl.atomic_max(known + BAD_WEIGHT, bad, sem="relaxed")
+    tl.atomic_max(flags + BAD_WEIGHT, bad, sem="relaxed")
     steep = tl.where(delta == 0.0, weight, weight / (2 * delta))
     tl.store(jump + tl.load(ranks + i, mask=mask, other=0), steep, mask=mask)
     at = tl.load(ranks + positives + i, mask=mask, other=0)
@@ -58,104 +69,104 @@ def _slopes_kernel(
 
 
 @jit
-def _ramps_kernel(
+def _linear_pieces_kernel(
     keys,
     high,
     low,
     windows,
-    running,  # (1, 2P) float64: the slope behind each edge; under the hard step, the value
-    integral,  # (1, 2P) float64: the value at each edge
-    ramps,  # (1 + 2P,) int64, or (2, 1 + 2P) float64, out: see `_write_ramp`
-    known,
-    edges,
+    running,  # (1, 2P) float64: the slope behind each breakpoint; under the hard step, the value
+    integral,  # (1, 2P) float64: the value at each breakpoint
+    linear_pieces,  # (1 + 2P,) int64, or (2, 1 + 2P) float64, out: see `_write_piece`
+    flags,
+    breakpoints,
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """The gradient as a ramp behind each rounded edge."""
-    edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = edge < edges
+    """The gradient as a linear piece behind each rounded breakpoint."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < breakpoints
     # 0, or NaN if any weight is not finite: that reaches every logit, since 0 times it is NaN.
     nan = tl.zeros((BLOCK,), tl.float64) + float("nan")
-    nothing = tl.where(tl.load(known + BAD_WEIGHT) > 0, nan, 0.0)
+    nothing = tl.where(tl.load(flags + BAD_WEIGHT) > 0, nan, 0.0)
     hard = real(delta_bits, tl.float64) == 0.0
-    slope = tl.load(running + edge, mask=mask, other=0.0)
-    value = tl.where(hard, slope, tl.load(integral + edge, mask=mask, other=0.0))
-    inside = tl.load(windows + edge, mask=mask, other=0) != 0
+    slope = tl.load(running + place, mask=mask, other=0.0)
+    value = tl.where(hard, slope, tl.load(integral + place, mask=mask, other=0.0))
+    inside = tl.load(windows + place, mask=mask, other=0) != 0
     slope = tl.where(hard, 0.0, tl.where(inside, slope, 0.0))
-    start = tl.load(high + edge, mask=mask, other=0.0)
-    rounded = tl.load(keys + edge, mask=mask, other=0.0).to(tl.float64) - start
-    rounded -= tl.load(low + edge, mask=mask, other=0.0)
+    start = tl.load(high + place, mask=mask, other=0.0)
+    rounded = tl.load(keys + place, mask=mask, other=0.0).to(tl.float64) - start
+    rounded -= tl.load(low + place, mask=mask, other=0.0)
     value = tl.where(slope != 0.0, value + slope * rounded, value) + nothing
-    _write_ramp(ramps, edge + 1, value, slope, edges, mask)
+    _write_piece(linear_pieces, place + 1, value, slope, breakpoints, mask)
     # In front of all of them: what a logit gets that is relevant to nobody, and one that is NaN.
-    lost = tl.where(tl.load(known + ANY_POSITIVE) > 0, nan, 0.0)
-    _write_ramp(ramps, edge, nothing, lost, edges, edge == 0)
+    lost = tl.where(tl.load(flags + ANY_POSITIVE) > 0, nan, 0.0)
+    _write_piece(linear_pieces, place, nothing, lost, breakpoints, place == 0)
 
 
 @triton.jit
-def _write_ramp(ramps, place, value, slope, edges, mask):
+def _write_piece(linear_pieces, place, value, slope, breakpoints, mask):
     """Value and slope side by side: as 32 bits each they are read at once."""
-    if ramps.dtype.element_ty == tl.int64:
+    if linear_pieces.dtype.element_ty == tl.int64:
         value = value.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         # Where a positive's only negative is barely within reach, its slope may overflow. What the
         # negative gets is then all in the value, as long as the slope is a number.
         slope = finite(slope.to(tl.float32)).to(tl.int32, bitcast=True).to(tl.int64) << 32
-        tl.store(ramps + place, value | slope, mask=mask)
+        tl.store(linear_pieces + place, value | slope, mask=mask)
     else:
-        tl.store(ramps + place, value, mask=mask)
-        tl.store(ramps + edges + 1 + place, slope, mask=mask)
+        tl.store(linear_pieces + place, value, mask=mask)
+        tl.store(linear_pieces + breakpoints + 1 + place, slope, mask=mask)
 
 
 @triton.jit
-def _read_ramp(ramps, place, edges):
-    """(value, slope) that `_write_ramp` has written."""
-    if ramps.dtype.element_ty == tl.int64:
-        ramp = tl.load(ramps + place)
-        value = ramp.to(tl.int32).to(tl.float32, bitcast=True)
-        return value, (ramp >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+def _read_piece(linear_pieces, place, breakpoints):
+    """(value, slope) that `_write_piece` has written."""
+    if linear_pieces.dtype.element_ty == tl.int64:
+        piece = tl.load(linear_pieces + place)
+        value = piece.to(tl.int32).to(tl.float32, bitcast=True)
+        return value, (piece >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
-        return tl.load(ramps + place), tl.load((ramps + (edges + 1)) + place)
+        return tl.load(linear_pieces + place), tl.load((linear_pieces + (breakpoints + 1)) + place)
 
 
 @triton.jit
-def _evaluate(s, line, limits, look_up, ramps, edges):
+def _evaluate(s, segment, limits, look_up, linear_pieces, breakpoints):
     """The gradient at scores that may be anything; a NaN gets what one relevant to nobody gets."""
-    inner = tl.minimum(tl.maximum(s, limits[1]), limits[2])
-    found = find(inner, line, limits, look_up)
-    value, slope = _read_ramp(ramps, found, edges)
-    g = tl.fma(slope, inner - tl.load((look_up[0] - 1) + found), value)
-    return tl.where(s >= limits[0], g, _read_ramp(ramps, 0, edges)[0])
+    inner = within(s, limits)
+    found = find(inner, segment, limits, look_up)
+    value, slope = _read_piece(linear_pieces, found, breakpoints)
+    g = tl.fma(slope, inner - tl.load((look_up.keys - 1) + found), value)
+    return tl.where(s >= limits.lowest, g, _read_piece(linear_pieces, 0, breakpoints)[0])
 
 
 @jit
-def _pattern_ramps_kernel(
+def _pattern_gradient_kernel(
     logits,  # for its dtype
-    ramps,
+    linear_pieces,
     out,  # (65,536,) of the logits' dtype: the gradient at each bit pattern
     keys,
     table,
-    known,
+    flags,
     limits,
     ends,
     cells,
-    edges,
+    breakpoints,
     BLOCK: tl.constexpr,
 ):
     """Evaluates the gradient at every 16-bit logit there is."""
     pattern, s = pattern_scores(logits, BLOCK)
-    look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
+    look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
     ordered = tl.where(s == s, s, 0.0)
-    g = _evaluate(ordered, 0, read_limits(limits, 0), look_up, ramps, edges)
-    g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
+    g = _evaluate(ordered, 0, read_limits(limits, 0), look_up, linear_pieces, breakpoints)
+    g = tl.where(s == s, g, _read_piece(linear_pieces, 0, breakpoints)[1])
     tl.store(out + pattern, g.to(out.dtype.element_ty))
 
 
 @triton.jit
-def _gradient_of_tile(s, highest, line, limits, look_up, ramps, edges):
-    """The gradient at a tile of scores that lies on one line; NaN is left to others."""
-    g = tl.zeros(s.shape, s.dtype) + _read_ramp(ramps, 0, edges)[0]
-    if (highest >= limits[0]) | (highest != highest):
-        g = _evaluate(s, line, limits, look_up, ramps, edges)
+def _gradient_of_tile(s, highest, segment, limits, look_up, linear_pieces, breakpoints):
+    """The gradient at a tile of scores that lies on one segment; NaN is left to others."""
+    g = tl.zeros(s.shape, s.dtype) + _read_piece(linear_pieces, 0, breakpoints)[0]
+    if (highest >= limits.lowest) | (highest != highest):
+        g = _evaluate(s, segment, limits, look_up, linear_pieces, breakpoints)
     return g
 
 
@@ -163,25 +174,25 @@ def _gradient_of_tile(s, highest, line, limits, look_up, ramps, edges):
 def _gradient_kernel(
     logits,  # (size,) as they lie in memory
     targets,  # (size,) beside them, or None under class indices
-    lines,  # int32, see `memory.lay_out_lines`; None without groups
+    segments,  # int32, see `memory.lay_out_segments`; None without groups
     patterns,  # (65,536,) of 16-bit logits without groups, else None
-    ramps,
+    linear_pieces,
     out,  # (size,) beside the logits
     keys,
     table,
-    known,
+    flags,
     limits,
     ends,
     size: tl.int64,
-    lines_0: tl.int64,
-    lines_1: tl.int64,
-    lines_2: tl.int64,
+    segments_0: tl.int64,
+    segments_1: tl.int64,
+    segments_2: tl.int64,
     middle,
     inner,
     middle_magic: tl.int64,
     inner_magic: tl.int64,
     cells,
-    edges,
+    breakpoints,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
@@ -194,22 +205,28 @@ def _gradient_kernel(
         g = tl.load(patterns + pattern_of(raw))
     else:
         s = raw.to(dtype)
-        look_up = (keys, table, tl.load(known + HALVINGS), ends, cells)
+        look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
         highest = tl.reduce(s, 0, nan_maximum)
-        if lines is None:
-            g = _gradient_of_tile(s, highest, 0, read_limits(limits, 0), look_up, ramps, edges)
+        if segments is None:
+            g = _gradient_of_tile(
+                s, highest, 0, read_limits(limits, 0), look_up, linear_pieces, breakpoints
+            )
         else:
-            sizes = (middle, inner, middle_magic, inner_magic)
-            grouping = (lines, (lines_0, lines_1, lines_2), sizes)
-            alone, line, origin = line_of_tile(grouping, tile, size, ROWS * LANES)
+            extent = Extent(middle, inner, middle_magic, inner_magic)
+            groups = Groups(segments, Axes(segments_0, segments_1, segments_2))
+            alone, segment, origin = segment_of_tile(groups, extent, tile, size, ROWS * LANES)
             if alone:
-                of_line = read_limits(limits, line)
-                g = _gradient_of_tile(s, highest, line, of_line, look_up, ramps, edges)
+                of_segment = read_limits(limits, segment)
+                g = _gradient_of_tile(
+                    s, highest, segment, of_segment, look_up, linear_pieces, breakpoints
+                )
             else:
-                each = read_lines(grouping, origin, behind, ROWS * LANES)
-                g = _evaluate(s, each, read_limits(limits, each), look_up, ramps, edges)
+                each = read_segments(groups, extent, origin, behind, ROWS * LANES)
+                g = _evaluate(
+                    s, each, read_limits(limits, each), look_up, linear_pieces, breakpoints
+                )
         if highest != highest:
-            g = tl.where(s == s, g, _read_ramp(ramps, 0, edges)[1])
+            g = tl.where(s == s, g, _read_piece(linear_pieces, 0, breakpoints)[1])
     if targets is not None:
         negative = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)[0] == 0
         g = tl.where(negative, g, 0.0)
@@ -244,35 +261,32 @@ def _clear_kernel(
 
 
 def write_gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
+    batch: Batch,
     gradients: Sequence[Tensor],
-    edges: Edges,
+    breakpoints: Breakpoints,
     weights: Tensor,
-    delta: float,
-    ignore_index: int,
     tiles: BreakpointTiles,
-    lines: Lines | None,
+    segments: Segments | None,
 ) -> None:
-    """Writes the gradient by every negative into the levels' gradients, and 0 everywhere else."""
-    ramps = _ramps(edges, weights, delta, tiles)
-    number = edges.high.numel()
+    """Write the gradient by every negative into the levels' gradients, and 0 everywhere else."""
+    logits = batch.logits
+    linear_pieces = _linear_pieces(breakpoints, weights, batch.delta, tiles)
+    number = breakpoints.high.numel()
     patterns = None
-    if have_patterns(logits, lines):
+    if have_patterns(logits, segments):
         patterns = logits[0].new_empty(PATTERNS)
-        _pattern_ramps_kernel[(PATTERNS // tiles.patterns,)](
+        _pattern_gradient_kernel[(PATTERNS // tiles.patterns,)](
             logits=logits[0],
-            ramps=ramps,
+            linear_pieces=linear_pieces,
             out=patterns,
-            edges=number,
+            breakpoints=number,
             BLOCK=tiles.patterns,
-            **edges.look_up,
+            **breakpoints.look_up,
         )
-    levels = zip(logits, targets, by_level(lines, logits), gradients, strict=True)
-    for level, target, of_level, out in levels:
+    for level, out in zip(by_level(batch, segments), gradients, strict=True):
         if not out.numel():
             continue
-        for piece, beside, line, slot in pieces(level, target, of_level, out):
+        for piece, beside, segment, slot in pieces(*level, out):
             assert slot is not None  # `out` is given
             per_logit = beside.dim() == piece.dim()
             tile = tiles.gradient_rows * tiles.lanes
@@ -280,19 +294,19 @@ def write_gradient(
                 logits=piece,
                 targets=beside if per_logit else None,
                 patterns=patterns,
-                ramps=ramps,
+                linear_pieces=linear_pieces,
                 out=slot,
                 size=piece.numel(),
-                edges=number,
+                breakpoints=number,
                 ALIGNED=is_aligned(piece, slot),
                 ROWS=tiles.gradient_rows,
                 LANES=tiles.lanes,
                 num_warps=1,
-                **lay_out_lines(piece, line),
-                **edges.look_up,
+                **lay_out_segments(piece, segment),
+                **breakpoints.look_up,
             )
             if not per_logit:
-                grid, anchors = lay_out_anchors(piece, beside, ignore_index, tiles.block)
+                grid, anchors = lay_out_anchors(piece, beside, batch.ignore_index, tiles.block)
                 _clear_kernel[grid](
                     out=slot,
                     out_0=slot.stride(0),
@@ -302,39 +316,48 @@ def write_gradient(
                 )
 
 
-def _ramps(edges: Edges, weights: Tensor, delta: float, tiles: BreakpointTiles) -> Tensor:
-    """The gradient's value and slope behind each edge, see `_ramps_kernel`."""
-    number = edges.high.numel()
-    jump = edges.high.new_empty((1, number))
+def _linear_pieces(
+    breakpoints: Breakpoints, weights: Tensor, delta: float, tiles: BreakpointTiles
+) -> Tensor:
+    """The gradient's value and slope behind each breakpoint, see `_linear_pieces_kernel`."""
+    number = breakpoints.high.numel()
+    jump = breakpoints.high.new_empty((1, number))
     _slopes_kernel[(triton.cdiv(number // 2, tiles.block),)](
-        order=edges.order,
-        scores=edges.scores,
-        ranks=edges.ranks,
+        order=breakpoints.order,
+        scores=breakpoints.scores,
+        ranks=breakpoints.ranks,
         weights=weights.contiguous(),
         jump=jump,
-        known=edges.known,
+        flags=breakpoints.flags,
         positives=number // 2,
         delta_bits=bits_of(delta),
         BLOCK=tiles.block,
     )
     running, integral = integrate(
-        jump, None, edges.high, edges.low, edges.windows, edges.starts, each=2, backward=False
+        jump,
+        None,
+        breakpoints.high,
+        breakpoints.low,
+        breakpoints.windows,
+        breakpoints.starts,
+        each=2,
+        backward=False,
     )
-    if edges.scores.dtype == torch.float64:
-        ramps = jump.new_empty((2, 1 + number))
+    if breakpoints.scores.dtype == torch.float64:
+        linear_pieces = jump.new_empty((2, 1 + number))
     else:
-        ramps = jump.new_empty(1 + number, dtype=torch.int64)
-    _ramps_kernel[(triton.cdiv(number, tiles.block),)](
-        keys=edges.keys,
-        high=edges.high,
-        low=edges.low,
-        windows=edges.windows,
+        linear_pieces = jump.new_empty(1 + number, dtype=torch.int64)
+    _linear_pieces_kernel[(triton.cdiv(number, tiles.block),)](
+        keys=breakpoints.keys,
+        high=breakpoints.high,
+        low=breakpoints.low,
+        windows=breakpoints.windows,
         running=running,
         integral=integral,
-        ramps=ramps,
-        known=edges.known,
-        edges=number,
+        linear_pieces=linear_pieces,
+        flags=breakpoints.flags,
+        breakpoints=number,
         delta_bits=bits_of(delta),
         BLOCK=tiles.block,
     )
-    return ramps
+    return linear_pieces

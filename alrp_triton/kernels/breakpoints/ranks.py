@@ -1,48 +1,45 @@
 """Counts and sums between the sorted breakpoints: `reference/breakpoints/ranks.py` in Triton.
 
 H is piecewise linear, so NFP(i) needs only how many negatives lie in each interval between two
-edges, and the sum of their distances to its start; and the gradient by s_j is a line in each
+breakpoints, and the sum of their distances to its start; and the gradient by s_j is linear in each
 interval. A logit is read once and looked up: what the positives cost does not grow with N.
 
-    edges       sorts the 2P edges s_i - delta, s_i + delta, and finds a score among them
-    intervals   counts the negatives between them, in integers
-    scan        sums along the line
-    ramps       writes the gradient
-    groups      gives each group a line of its own
+    breakpoints       sorts the 2P breakpoints s_i - delta, s_i + delta, and finds a score among
+    them intervals   counts the negatives between them, in integers scan        sums along the
+    points linear_pieces       writes the gradient groups      gives each group a segment of its own
 
 Nothing waits for the device, nothing is P x P, and results repeat bit by bit.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...reference.layout import Batch
 from ..language import bits_of, jit, real
-from ..positives import write_own
-from ..segments import lines_of
+from ..positives import write_positive_grads
+from ..segments import segments_of
 from ..tuning.block_sizes import BreakpointTiles
-from ..tuning.files import breakpoint_tiles_for
+from ..tuning.files import breakpoint_tiles_for, kind_of
 from .histogram import count_negatives
 from .linear_pieces import write_gradient
 from .scan import integrate
-from .sort import NAN_SCORE, add_exactly, bounds_of, sort_edges
+from .sort import NAN_SCORE, add_exactly, bounds_of, sort_breakpoints
 
 
 @jit
 def _points_kernel(
-    order,  # (P,) int64, as in `Edges`; so are the next three
+    order,  # (P,) int64, as in `Breakpoints`; so are the next three
     scores,
     ranks,
     windows,
     values,  # (P,) float64
-    numbers,  # (2P,) float64: how many negatives lie behind each edge, and the sum of their
+    numbers,  # (2P,) float64: how many negatives lie behind each breakpoint, and the sum of their
     distances,  # distances to it
     jump,  # (3, 3P) float64, out: by how much the number of negatives, that of positives and the
     # sum of their values change at each point
-    more,  # (3, 3P) float64, out: those distances, and nothing of the other two
+    addend,  # (3, 3P) float64, out: those distances, and nothing of the other two
     high,  # (3P,) float64, out: where the points lie; so is the next
     low,
     opened,  # (3P,) int8, out: whether a window lies behind each of them
@@ -50,7 +47,7 @@ def _points_kernel(
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Positives and edges in one order: between them the rank among positives does not change."""
+    """Put positives and breakpoints in one order: in between no rank among positives changes."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
     delta = real(delta_bits, tl.float64)
@@ -66,15 +63,15 @@ def _points_kernel(
             behind, distance = valid, nothing
             column = (nothing, valid.to(tl.float64), value)
         else:
-            edge = tl.load(ranks + side // 2 * positives + i, mask=mask, other=0)
-            behind = tl.load(windows + edge, mask=mask, other=0) != 0
-            distance = tl.load(distances + edge, mask=mask, other=0.0)
-            column = (tl.load(numbers + edge, mask=mask, other=0.0), nothing, nothing)
+            rank = tl.load(ranks + side // 2 * positives + i, mask=mask, other=0)
+            behind = tl.load(windows + rank, mask=mask, other=0) != 0
+            distance = tl.load(distances + rank, mask=mask, other=0.0)
+            column = (tl.load(numbers + rank, mask=mask, other=0.0), nothing, nothing)
         tl.store(high + at, point, mask=mask)
         tl.store(low + at, rest, mask=mask)
         tl.store(opened + at, behind.to(tl.int8), mask=mask)
         _store_column(jump, at, column, positives, mask)
-        _store_column(more, at, (distance, nothing, nothing), positives, mask)
+        _store_column(addend, at, (distance, nothing, nothing), positives, mask)
 
 
 @triton.jit
@@ -88,8 +85,8 @@ def _store_column(out, at, column, positives, mask):
 def _finish_kernel(
     order,  # as in `_points_kernel`
     scores,
-    ends,  # as in `Edges`; so is the next
-    known,
+    ends,  # as in `Breakpoints`; so is the next
+    flags,
     ranks,
     values,
     unordered,  # (1,) int64: how many negatives are NaN
@@ -112,11 +109,11 @@ def _finish_kernel(
     value = tl.load(values + place, mask=mask & valid, other=0.0)
     lower = tl.load(ranks + 2 * positives + i, mask=mask, other=0)
     upper = tl.load(ranks + 4 * positives + i, mask=mask, other=0)
-    line = 3 * positives
+    row = 3 * positives
     count = _window_mean(running, integral, lower, upper, mask, delta)
-    running, integral = running + line, integral + line
+    running, integral = running + row, integral + row
     others = _window_mean(running, integral, lower, upper, mask, delta)
-    running, integral = running + line, integral + line
+    running, integral = running + row, integral + row
     total = _window_mean(running, integral, lower, upper, mask, delta)
 
     # 1. The others: less itself, for which H is 1/2 (1 under the hard step). Exactly nothing where
@@ -128,7 +125,7 @@ def _finish_kernel(
     total = tl.where(alone, 0.0, total - itself * value)
 
     # 2. NaN has no place in any order.
-    nan = tl.where(tl.load(known + NAN_SCORE) > 0, float("nan"), 0.0).to(tl.float64)
+    nan = tl.where(tl.load(flags + NAN_SCORE) > 0, float("nan"), 0.0).to(tl.float64)
     count += nan + tl.where(tl.load(unordered) != 0, float("nan"), 0.0)
     tl.store(nfp + place, tl.where(valid, count, 0.0), mask=mask)
     tl.store(rank_positive + place, tl.where(valid, 1.0 + others + nan, 1.0), mask=mask)
@@ -137,86 +134,73 @@ def _finish_kernel(
 
 @triton.jit
 def _window_mean(running, integral, lower, upper, mask, delta):
-    """The mean between two edges, from the integral; under the hard step, the value at the edge."""
-    at_edge = tl.load(running + lower, mask=mask, other=0.0)
+    """Return the mean between two breakpoints, by the integral; of a hard step, the lower value."""
+    at_point = tl.load(running + lower, mask=mask, other=0.0)
     area = tl.load(integral + lower, mask=mask, other=0.0)
     area -= tl.load(integral + upper, mask=mask, other=0.0)
-    return tl.where(delta == 0.0, at_edge, area / (2 * delta))
+    return tl.where(delta == 0.0, at_point, area / (2 * delta))
 
 
-def choose_tiles(logits: Sequence[Tensor], scores: Tensor) -> BreakpointTiles:
-    """The sizes for a call, those of its class."""
-    dtype = logits[0].dtype if logits else scores.dtype
-    size = sum(level.numel() for level in logits)
-    return breakpoint_tiles_for(scores.device, dtype, scores.numel(), size)
+def choose_tiles(batch: Batch, tiles: BreakpointTiles | None = None) -> BreakpointTiles:
+    """Return the sizes for a call, those of its class if none are given."""
+    return tiles or breakpoint_tiles_for(batch.scores.device, *kind_of(batch))
 
 
 def count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    scores: Tensor,
-    values: Tensor,
-    delta: float,
-    ignore_index: int,
-    tiles: BreakpointTiles | None = None,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
+    batch: Batch, values: Tensor, tiles: BreakpointTiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """NFP(i), rank+(i) and S(i), as `reference.breakpoints.count`; scores may hold padding.
+    """Return NFP(i), rank+(i) and S(i), as `reference.breakpoints.count`; with padding, if any.
 
     Args:
-        logits, targets, values, delta, ignore_index, groups, own_groups: as there.
-        scores: (P,) finite scores of the positives, -inf for padding, anywhere.
+        batch: its scores are -inf for padding, anywhere, and its index -1.
+        values: as there.
         tiles: sizes of the kernels, if not those of the call's class on the device.
 
     Returns:
         Three (P,) float64 tensors; 0, 1 and 0 for padding. A NaN among the negatives makes NFP NaN,
         a NaN score everything.
     """
-    positives = scores.numel()
-    nfp, rank_positive, value_sum = (
-        torch.empty_like(scores, dtype=torch.float64) for _ in range(3)
-    )
-    if not positives:
+    scores = batch.scores
+    counts = [torch.empty_like(scores, dtype=torch.float64) for _ in range(3)]
+    nfp, rank_positive, value_sum = counts
+    if not scores.numel():
         return nfp, rank_positive, value_sum
-    tiles = tiles or choose_tiles(logits, scores)
+    tiles = choose_tiles(batch, tiles)
     with torch.cuda.device_of(scores):
-        lines = lines_of(groups, own_groups)
-        edges = sort_edges(scores, delta, lines and lines.own)
-        numbers, distances, unordered = count_negatives(
-            logits, targets, edges, delta, ignore_index, tiles, lines
-        )
-        grid = (triton.cdiv(positives, tiles.block),)
+        segments = segments_of(batch)
+        breakpoints = sort_breakpoints(scores, batch.delta, segments and segments.positives)
+        numbers, distances, unordered = count_negatives(batch, breakpoints, tiles, segments)
+        grid = (triton.cdiv(scores.numel(), tiles.block),)
         common = {
-            "order": edges.order,
-            "scores": edges.scores,
-            "ranks": edges.ranks,
+            "order": breakpoints.order,
+            "scores": breakpoints.scores,
+            "ranks": breakpoints.ranks,
             "values": values.contiguous(),
-            "positives": positives,
-            "delta_bits": bits_of(delta),
+            "positives": scores.numel(),
+            "delta_bits": bits_of(batch.delta),
             "BLOCK": tiles.block,
         }
-        jump, more = numbers.new_empty((2, 3, 3 * positives))
-        high, low = numbers.new_empty((2, 3 * positives))
-        opened = edges.windows.new_empty(3 * positives)
+        jump, addend = numbers.new_empty((2, 3, 3 * scores.numel()))
+        high, low = numbers.new_empty((2, 3 * scores.numel()))
+        opened = breakpoints.windows.new_empty(3 * scores.numel())
         _points_kernel[grid](
             **common,
-            windows=edges.windows,
+            windows=breakpoints.windows,
             numbers=numbers,
             distances=distances,
             jump=jump,
-            more=more,
+            addend=addend,
             high=high,
             low=low,
             opened=opened,
         )
         running, integral = integrate(
-            jump, more, high, low, opened, edges.ends, each=3, backward=True
+            jump, addend, high, low, opened, breakpoints.ends, each=3, backward=True
         )
         _finish_kernel[grid](
             **common,
-            ends=edges.ends,
-            known=edges.known,
+            ends=breakpoints.ends,
+            flags=breakpoints.flags,
             unordered=unordered,
             running=running,
             integral=integral,
@@ -228,37 +212,23 @@ def count(
 
 
 def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    weights: Tensor,
-    own: Tensor,
-    delta: float,
-    ignore_index: int,
-    tiles: BreakpointTiles | None = None,
-    groups: Sequence[Tensor] = (),
-    own_groups: Tensor | None = None,
+    batch: Batch, weights: Tensor, positive_grad: Tensor, tiles: BreakpointTiles | None = None
 ) -> list[Tensor]:
-    """The gradient by every logit, as `reference.breakpoints.gradient`; with padding, if any.
+    """Return the gradient by every logit, as `reference.breakpoints.gradient`; padded or not.
 
     A weight that is not finite makes the gradient of every negative NaN.
 
     Args:
-        logits, targets, weights, own, delta, ignore_index, groups, own_groups: as there.
-        index: (P,) int64 positions in the flattened logits of all levels, -1 for padding.
-        scores: (P,) finite scores of the positives, -inf for padding.
-        tiles: sizes of the kernels, if not those of the call's class on the device.
+        batch, tiles: as in `count`.
+        weights, positive_grad: as there.
     """
-    if not scores.numel():
-        return [torch.zeros_like(level) for level in logits]
-    gradients = [torch.empty_like(level) for level in logits]
-    tiles = tiles or choose_tiles(logits, scores)
-    with torch.cuda.device_of(scores):
-        lines = lines_of(groups, own_groups)
-        edges = sort_edges(scores, delta, lines and lines.own)
-        write_gradient(
-            logits, targets, gradients, edges, weights, delta, ignore_index, tiles, lines
-        )
-        write_own(gradients, index, own)
+    if not batch.scores.numel():
+        return [torch.zeros_like(level) for level in batch.logits]
+    gradients = [torch.empty_like(level) for level in batch.logits]
+    tiles = choose_tiles(batch, tiles)
+    with torch.cuda.device_of(batch.scores):
+        segments = segments_of(batch)
+        breakpoints = sort_breakpoints(batch.scores, batch.delta, segments and segments.positives)
+        write_gradient(batch, gradients, breakpoints, weights, tiles, segments)
+        write_positive_grads(gradients, batch.index, positive_grad)
     return gradients

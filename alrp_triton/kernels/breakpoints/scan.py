@@ -1,19 +1,19 @@
-"""Running sums along the sorted line, and their integral, always added in the same order.
+"""Running sums along the sorted points, and their integral, always added in the same order.
 
-At each point p of a line something jumps, u_p. With the running sum before it, R_p, which is the
+At each point p of a segment something jumps, u_p. With the running sum before it, R_p, which is the
 sum of u_q over q < p, and the distance d_p from the point before it (0 where no window lies between
 them), the integral is
 
     I_p = sum_{q <= p} (R_q d_q + more_q).
 
-A pair (u, I) of a stretch of the line is put together with that of the next stretch by
+A pair (u, I) of a stretch is put together with that of the next stretch by
 
     u = u_1 + u_2,      d = d_1 + d_2,      I = I_1 + I_2 + u_1 d_2,
 
 so stretches are summed side by side first, and each then adds those before it.
 
-With groups, many lines lie one behind the other. Every sum starts anew with each line: nothing of
-another line is ever added, which would have to be taken away again.
+With groups, many segments lie one behind the other. Every sum starts anew with each segment:
+nothing of another segment is ever added, which would have to be taken away again.
 """
 
 import torch
@@ -26,7 +26,7 @@ from ..language import jit
 _STRETCH = 512  # points of a program
 _BEFORE = 128  # stretches that a program adds at a time
 _WARPS = 4
-_GROUPED_WARPS = 8  # where lines begin is in registers too
+_GROUPED_WARPS = 8  # where segments begin is in registers too
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _add(fresh_1, sum_1, fresh_2, sum_2):
 
 @triton.jit
 def _running(u, fresh):
-    """Running sums of a stretch; `fresh` (int32) is 1 where a line begins, None on one line."""
+    """Return prefix sums of a stretch; `fresh` (int32) is 1 where segments begin, None for one."""
     if fresh is None:
         return tl.cumsum(u, 0)
     else:
@@ -46,7 +46,7 @@ def _running(u, fresh):
 
 @triton.jit
 def _begun(fresh, x):
-    """x, the same for all of a stretch, up to where a line begins; 0 from there on."""
+    """x, the same for all of a stretch, up to where a segment begins; 0 from there on."""
     if fresh is None:
         return x
     else:
@@ -55,7 +55,7 @@ def _begun(fresh, x):
 
 @triton.jit
 def _tail(fresh, x):
-    """The sum of a stretch from where the last line begins in it."""
+    """The sum of a stretch from where the last segment begins in it."""
     if fresh is None:
         return tl.sum(x, 0)
     else:
@@ -66,7 +66,7 @@ def _tail(fresh, x):
 
 @triton.jit
 def _fresh(bounds, p, points, each, BACKWARD: tl.constexpr):
-    """1 where a line begins, in the order of the sums."""
+    """1 where a segment begins, in the order of the sums."""
     mask = p < points
     at = points - 1 - p if BACKWARD else p
     bound = tl.load(bounds + at // each, mask=mask, other=-1) * each
@@ -75,8 +75,8 @@ def _fresh(bounds, p, points, each, BACKWARD: tl.constexpr):
 
 
 @triton.jit
-def _read(jump, more, high, low, windows, points, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """A stretch: where its points are in memory, their jumps, distances, and what is more."""
+def _read(jump, addend, high, low, windows, points, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """A stretch: where its points are in memory, their jumps, distances, and what is added."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = p < points
     # Backward, a point's distance is to the one that follows it in memory.
@@ -90,32 +90,32 @@ def _read(jump, more, high, low, windows, points, BACKWARD: tl.constexpr, BLOCK:
     ahead = tl.load(low + start + 1, mask=between, other=0.0)
     behind = tl.load(low + start, mask=between, other=0.0)
     distance += ahead - behind
-    line = tl.cast(tl.program_id(1), tl.int64) * points
-    u = tl.load(jump + line + at, mask=mask, other=0.0)
+    row = tl.cast(tl.program_id(1), tl.int64) * points
+    u = tl.load(jump + row + at, mask=mask, other=0.0)
     extra = tl.zeros((BLOCK,), tl.float64)
-    if more is not None:
-        extra = tl.load(more + line + at, mask=mask, other=0.0)
-    return line + at, mask, u, distance, extra
+    if addend is not None:
+        extra = tl.load(addend + row + at, mask=mask, other=0.0)
+    return row + at, mask, u, distance, extra
 
 
 @jit
 def _stretch_kernel(
-    jump,  # (lines, points) float64; so is `more`, or None
-    more,
+    jump,  # (sums, points) float64; so is `addend`, or None
+    addend,
     high,  # (points,) float64; high + low is where the points lie, ascending
     low,
     windows,  # (points,) int8: whether a window lies between a point and the next
     bounds,  # int32, see `integrate`
-    sums,  # (lines, 3, stretches) float64, out: u, d and I of each stretch
-    begun,  # (stretches,) int32, out: whether a line begins in it; None without `bounds`
+    sums,  # (sums, 3, stretches) float64, out: u, d and I of each stretch
+    begun,  # (stretches,) int32, out: whether a segment begins in it; None without `bounds`
     points,
     each,
     stretches,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each stretch as if it were alone; of the last line that begins in it, if one does."""
-    _, _, u, distance, extra = _read(jump, more, high, low, windows, points, BACKWARD, BLOCK)
+    """Each stretch as if it were alone; of the last segment that begins in it, if one does."""
+    _, _, u, distance, extra = _read(jump, addend, high, low, windows, points, BACKWARD, BLOCK)
     fresh = None
     if bounds is not None:
         p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -130,7 +130,7 @@ def _stretch_kernel(
 
 @triton.jit
 def _before_stretch(sums, begun, stretches, this, BEFORE: tl.constexpr):
-    """(u, I) of all that lies before a stretch and on the line that it begins with."""
+    """(u, I) of all that lies before a stretch and on the segment that it begins with."""
     total = tl.zeros((), tl.float64)
     area = tl.zeros((), tl.float64)
     for first in range(0, this, BEFORE):
@@ -152,15 +152,15 @@ def _before_stretch(sums, begun, stretches, this, BEFORE: tl.constexpr):
 @jit
 def _integral_kernel(
     jump,  # as in `_stretch_kernel`; so is what follows
-    more,
+    addend,
     high,
     low,
     windows,
     bounds,
     sums,
     begun,
-    running,  # (lines, points) float64, out: R_p + u_p
-    integral,  # (lines, points) float64, out: I_p
+    running,  # (sums, points) float64, out: R_p + u_p
+    integral,  # (sums, points) float64, out: I_p
     points,
     each,
     stretches,
@@ -171,7 +171,7 @@ def _integral_kernel(
     """Adds to each stretch what lies before it."""
     sums += tl.cast(tl.program_id(1), tl.int64) * 3 * stretches
     total, area = _before_stretch(sums, begun, stretches, tl.program_id(0), BEFORE)
-    at, mask, u, distance, extra = _read(jump, more, high, low, windows, points, BACKWARD, BLOCK)
+    at, mask, u, distance, extra = _read(jump, addend, high, low, windows, points, BACKWARD, BLOCK)
     fresh = None
     if bounds is not None:
         p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -184,7 +184,7 @@ def _integral_kernel(
 
 def integrate(
     jump: Tensor,
-    more: Tensor | None,
+    addend: Tensor | None,
     high: Tensor,
     low: Tensor,
     windows: Tensor,
@@ -196,12 +196,12 @@ def integrate(
 
     Args:
         jump: (sums, points) float64; several sums share the points.
-        more: (sums, points) float64, added to the integral as it is; None for nothing.
-        high, low: (points,) float64; high + low is where the points lie, ascending on each line.
+        addend: (sums, points) float64, added to the integral as it is; None for nothing.
+        high, low: (points,) float64; high + low is where the points lie, ascending on each segment.
         windows: (points,) int8; 0 where the stretch behind a point counts for nothing.
-        bounds: (P,) int32, of the sorted positives: where the line of each begins, or, backward,
-            where it ends; None for one line.
-        each: how many points of a line there are for each positive on it.
+        bounds: (P,) int32, of the sorted positives: where the segment of each begins, or, backward,
+            where it ends; None for one segment.
+        each: how many points of a segment there are for each positive on it.
         backward: from the last point to the first.
 
     Returns:
@@ -213,7 +213,7 @@ def integrate(
     grouped = bounds is not None
     common = {
         "jump": jump,
-        "more": more,
+        "addend": addend,
         "high": high,
         "low": low,
         "windows": windows,

@@ -1,18 +1,18 @@
 """The sorted breakpoints of all positives, and the look-up of a score among them.
 
-Positive i changes its mind about a score at two edges only, s_i - delta and s_i + delta, and all 2P
-of them in ascending order cut the line of scores into intervals. An edge is kept twice: exactly, as
-the unevaluated sum `high + low` of two floats, for everything that is summed along the line; and
-rounded up to the logits' dtype (`key`), so that a logit lies at or above the edge exactly where it
-is not below the key.
+Positive i changes its mind about a score at two breakpoints only, s_i - delta and s_i + delta, and
+all 2P of them in ascending order cut the line of scores into intervals. A breakpoint is kept twice:
+exactly, as the unevaluated sum `high + low` of two floats, for everything that is summed along it;
+and rounded up to the logits' dtype (`key`), so that a logit lies at or above the breakpoint exactly
+where it is not below the key.
 
-With groups, each has a line of scores of its own (`groups`): the positives are sorted line by line,
-and so are their edges. A line of the positives from place a on has the edges from 2a on, and its
-share of the table. Without groups there is one line, from 0 on.
+With groups, each has a segment of scores of its own (`groups`): the positives are sorted segment by
+segment, and so are their breakpoints. A segment of the positives from place a on has the
+breakpoints from 2a on, and its share of the table. Without groups there is one segment, from 0 on.
 
-Everything happens on the device. Padding (-inf) sorts to the front of its line, with edges at -inf
-that no interval starts from; a NaN sorts to the end and leaves the order meaningless, but never an
-index out of bounds.
+Everything happens on the device. Padding (-inf) sorts to the front of its segment, with breakpoints
+at -inf that no interval starts from; a NaN sorts to the end and leaves the order meaningless, but
+never an index out of bounds.
 """
 
 from typing import Any, NamedTuple
@@ -24,16 +24,38 @@ from torch import Tensor
 
 from ..language import LARGEST, bits_of, jit, real
 
-_SORTED = 128  # positives of a program that places their edges
+_SORTED = 128  # positives of a program that places their breakpoints
 _CELLS = 256  # cells of a program that fills the table
 _MOST_CELLS = 1 << 16
 
-# What `Edges.known` holds, by place.
+# What `Breakpoints.flags` holds, by place.
 HALVINGS = tl.constexpr(0)  # how often a search has to halve what a cell of the table holds
 ANY_POSITIVE = tl.constexpr(1)  # whether there is a positive that is not padding
 NAN_SCORE = tl.constexpr(2)  # whether the score of one is NaN
 BAD_WEIGHT = tl.constexpr(3)  # whether the weight of one is not finite
-_KNOWN = 4
+_FLAGS = 4
+
+
+# What kernels hand on; no argument of a launch, see `strided`.
+
+
+class Limits(NamedTuple):
+    """Where the breakpoints of a segment lie, or of many."""
+
+    lowest: Any  # relevant logit; NaN where nothing is, which not even an infinite one reaches
+    first: Any  # breakpoint, as its key
+    last: Any
+    scale: Any  # cells a unit
+
+
+class LookUp(NamedTuple):
+    """What a score is found by, see `Breakpoints`."""
+
+    keys: Any
+    table: Any
+    halvings: Any
+    ends: Any
+    cells: Any
 
 
 @triton.jit
@@ -58,7 +80,7 @@ def _round_up(high, low, dtype: tl.constexpr):
 
 @triton.jit
 def bounds_of(starts, ends, i, positives):
-    """The line of the positive in place i of the sorted ones: from where to where it reaches."""
+    """The segment of the positive in place i of the sorted ones: from where to where it reaches."""
     start, end = i * 0, i * 0 + positives
     if ends is not None:
         start = tl.load(starts + i, mask=i < positives, other=0)
@@ -67,9 +89,9 @@ def bounds_of(starts, ends, i, positives):
 
 
 @triton.jit
-def _search(scores, line, steps, high, low, INCLUSIVE: tl.constexpr):
-    """How many sorted scores of a line are below high + low, or not above it; high is a vector."""
-    start, end = line
+def _search(scores, segment, steps, high, low, INCLUSIVE: tl.constexpr):
+    """Return how many sorted scores of a segment are below high + low (a vector), or not above."""
+    start, end = segment
     found = tl.zeros(high.shape, tl.int32)
     for halving in range(steps):
         at = start + found + ((1 << (steps - 1 - halving)) - 1)
@@ -84,31 +106,31 @@ def _search(scores, line, steps, high, low, INCLUSIVE: tl.constexpr):
 
 @jit
 def _merge_kernel(
-    scores,  # (P,) line by line, ascending
-    starts,  # (P,) int32: where the line of each begins, and ends; None without groups
+    scores,  # (P,) segment by segment, ascending
+    starts,  # (P,) int32: where the segment of each begins, and ends; None without groups
     ends,
-    keys,  # (edges,) out, in the dtype of the scores; behind the 2P edges it holds inf
+    keys,  # (breakpoints,) out, in the dtype of the scores; behind the 2P breakpoints it holds inf
     high,  # (2P,) float64, out; so is the next
     low,
     windows,  # (2P,) int8, out: whether the interval that starts here lies in any window
-    ranks,  # (5, P) int32, out: of s_i - delta and s_i + delta among the edges; of s_i - delta,
-    # s_i and s_i + delta among edges and scores together
-    limits,  # (P + 1, 4) of the logits' dtype, out: see `Edges`
-    known,  # (_KNOWN,) int32, out
+    ranks,  # (5, P) int32, out: of s_i - delta and s_i + delta among breakpoints; of s_i - delta,
+    # s_i and s_i + delta among breakpoints and scores together
+    limits,  # (P + 1, 4) of the logits' dtype, out: see `Breakpoints`
+    flags,  # (_FLAGS,) int32, out
     positives,
     steps,
     cells,
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Places the two edges of each positive by counting what stands before them."""
+    """Places the two breakpoints of each positive by counting what stands before them."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
     _write_rest(keys + 2 * positives, limits + 4 * positives, i, positives, steps)
     s = tl.load(scores + i, mask=mask, other=float("inf")).to(tl.float64)
     delta = real(delta_bits, tl.float64)
-    line = bounds_of(starts, ends, i, positives)
-    start, end = line
+    segment = bounds_of(starts, ends, i, positives)
+    start, end = segment
 
     finite = s > float("-inf")
     out = (keys, high, low, windows)
@@ -116,28 +138,28 @@ def _merge_kernel(
     # 1. The merged order: among equals s_i - delta comes first, then s_i, then s_i + delta. Behind
     # s_i - delta a window is open.
     far_high, far_low = add_exactly(s, -2 * delta)
-    lower = start + i + _search(scores, line, steps, far_high, far_low, False)
-    edge_high, edge_low = add_exactly(s, -delta)
-    below = _search(scores, line, steps, edge_high, edge_low, False)
+    lower = start + i + _search(scores, segment, steps, far_high, far_low, False)
+    point_high, point_low = add_exactly(s, -delta)
+    below = _search(scores, segment, steps, point_high, point_low, False)
     tl.store(ranks + i, lower, mask=mask)
     tl.store(ranks + 2 * positives + i, lower + start + below, mask=mask)
-    _write_edge(out, lower, edge_high, edge_low, finite, mask)
+    _write_breakpoint(out, lower, point_high, point_low, finite, mask)
 
     # 2. Behind s_i + delta one is if more windows have opened than closed.
     far_high, far_low = add_exactly(s, 2 * delta)
-    opened = _search(scores, line, steps, far_high, far_low, True)
+    opened = _search(scores, segment, steps, far_high, far_low, True)
     upper = start + i + opened
-    edge_high, edge_low = add_exactly(s, delta)
-    upto = _search(scores, line, steps, edge_high, edge_low, True)
+    point_high, point_low = add_exactly(s, delta)
+    upto = _search(scores, segment, steps, point_high, point_low, True)
     tl.store(ranks + positives + i, upper, mask=mask)
     tl.store(ranks + 3 * positives + i, 2 * start + i + below + upto, mask=mask)
     tl.store(ranks + 4 * positives + i, upper + start + upto, mask=mask)
     inside = finite & (opened > i - start + 1)
-    upper_key = _write_edge(out, upper, edge_high, edge_low, inside, mask)
+    upper_key = _write_breakpoint(out, upper, point_high, point_low, inside, mask)
 
-    # 3. The line from its first edge to its last, by its last positive. Without one that is ordered
-    # it has no length, and nothing is relevant on it.
-    padding = _search(scores, line, steps, tl.where(mask, float("-inf"), 0.0), 0.0 * i, True)
+    # 3. The segment from its first breakpoint to its last, by its last positive. Without one that
+    # is ordered it has no length, and nothing is relevant on it.
+    padding = _search(scores, segment, steps, tl.where(mask, float("-inf"), 0.0), 0.0 * i, True)
     ends_here = mask & (i == end - 1)
     first = tl.load(scores + start + padding, mask=ends_here & finite, other=0.0).to(tl.float64)
     first, first_low = add_exactly(first, -delta)
@@ -154,28 +176,28 @@ def _merge_kernel(
     # Not even a division that is off by two units may lead behind the last cell.
     tl.store(at + 3, (number - 1) * (1 - 2.0**-20) / width, mask=ends_here)
 
-    # 4. What concerns all lines.
+    # 4. What concerns all segments.
     nan = mask & (s != s)
-    tl.atomic_max(known + NAN_SCORE, tl.max(nan.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_max(flags + NAN_SCORE, tl.max(nan.to(tl.int32), 0), sem="relaxed")
     valid = mask & (s != float("-inf"))
-    tl.atomic_max(known + ANY_POSITIVE, tl.max(valid.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_max(flags + ANY_POSITIVE, tl.max(valid.to(tl.int32), 0), sem="relaxed")
 
 
 @triton.jit
-def _write_edge(out, at, edge_high, edge_low, inside, mask):
-    """Writes edges to their places, and whether they lie inside a window; returns their keys."""
+def _write_breakpoint(out, at, point_high, point_low, inside, mask):
+    """Write breakpoints to their places, and whether a window is open; return their keys."""
     keys, high, low, windows = out
-    key = _round_up(edge_high, edge_low, keys.dtype.element_ty)
+    key = _round_up(point_high, point_low, keys.dtype.element_ty)
     tl.store(keys + at, key, mask=mask)
-    tl.store(high + at, edge_high, mask=mask)
-    tl.store(low + at, edge_low, mask=mask)
+    tl.store(high + at, point_high, mask=mask)
+    tl.store(low + at, point_low, mask=mask)
     tl.store(windows + at, inside.to(tl.int8), mask=mask)
     return key
 
 
 @triton.jit
 def _write_rest(keys, limits, i, positives, steps):
-    """What stands behind the last edge, as far as a search may look, and on the line of nobody."""
+    """Write what is behind the last breakpoint, where a search may look, and nobody's segment."""
     for part in tl.static_range(4):
         behind = part * positives + i
         tl.store(keys + behind, float("inf"), mask=(i < positives) & (behind < (1 << steps)))
@@ -184,15 +206,15 @@ def _write_rest(keys, limits, i, positives, steps):
 
 @triton.jit
 def _cell_bits(scores, limits):
-    """The cell of the table that scores between the first and the last edge fall into, rounded.
+    """Return the cell of scores between the first and the last breakpoint, rounded, as bits.
 
     It is the last bits of a float of 2^23 and more (float64: 2^52), less those of `_bits_before`.
     """
-    distance = scores - limits[1]
+    distance = scores - limits.first
     if scores.dtype == tl.float64:
-        return tl.fma(distance, limits[3], 4503599627370496.0).to(tl.int64, bitcast=True)
+        return tl.fma(distance, limits.scale, 4503599627370496.0).to(tl.int64, bitcast=True)
     else:
-        return tl.fma(distance, limits[3], 8388608.0).to(tl.int32, bitcast=True)
+        return tl.fma(distance, limits.scale, 8388608.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -205,33 +227,36 @@ def _bits_before(dtype: tl.constexpr):
 
 
 @triton.jit
-def read_limits(limits, line):
-    """(lowest relevant logit, first edge, last edge, cells a unit) of a line, or of many.
+def read_limits(limits, segment):
+    """Return the limits of a segment, or of many."""
+    at = limits + 4 * segment
+    return Limits(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
 
-    The lowest is NaN where nothing is relevant: not even an infinite logit is at or above that.
-    """
-    at = limits + 4 * line
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+@triton.jit
+def within(scores, limits):
+    """Scores that lie beyond the first or the last breakpoint moved there."""
+    return tl.minimum(tl.maximum(scores, limits.first), limits.last)
 
 
 @jit
 def _table_kernel(
-    keys,  # (edges,) ascending on each line
+    keys,  # (breakpoints,) ascending on each segment
     limits,
     starts,
     ends,
-    table,  # (cells P + 1,) int32, out: the first edge that stands in no lower cell of its line
-    known,  # (_KNOWN,) int32
+    table,  # (cells P + 1,) int32, out: the first breakpoint in no lower cell of its segment
+    flags,  # (_FLAGS,) int32
     positives,
     steps,
     cells,
     BLOCK: tl.constexpr,
 ):
-    """Tells each cell of a line its first edge."""
+    """Tells each cell of a segment its first breakpoint."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    line, behind = bounds_of(starts, ends, at // cells, positives)
-    limits = read_limits(limits, line)
-    cell, first, number = at - cells * line, 2 * line, 2 * (behind - line)
+    segment, behind = bounds_of(starts, ends, at // cells, positives)
+    limits = read_limits(limits, segment)
+    cell, first, number = at - cells * segment, 2 * segment, 2 * (behind - segment)
     zero = _bits_before(keys.dtype.element_ty)
     start = tl.zeros((BLOCK,), tl.int32)
     end = tl.zeros((BLOCK,), tl.int32)
@@ -239,14 +264,18 @@ def _table_kernel(
         step = 1 << (steps - 1 - halving)
         place = start + (step - 1)
         key = tl.load(keys + first + place, mask=place < number, other=float("nan"))
-        before = (key < limits[1]) | ((key <= limits[2]) & (_cell_bits(key, limits) - zero < cell))
+        before = (key < limits.first) | (
+            (key <= limits.last) & (_cell_bits(key, limits) - zero < cell)
+        )
         start = tl.where(before, place + 1, start)
         place = end + (step - 1)
         key = tl.load(keys + first + place, mask=place < number, other=float("nan"))
-        before = (key < limits[1]) | ((key <= limits[2]) & (_cell_bits(key, limits) - zero <= cell))
+        before = (key < limits.first) | (
+            (key <= limits.last) & (_cell_bits(key, limits) - zero <= cell)
+        )
         end = tl.where(before, place + 1, end)
-    # The cell behind all others is that of a line without positives, which asks for some edge. So
-    # does a line with a NaN; elsewhere no score is below the first edge.
+    # The cell behind all others is that of a segment without positives, which asks for some
+    # breakpoint. So does a segment with a NaN; elsewhere no score is below the first breakpoint.
     nobody = at == cells * positives
     found = tl.where(nobody, 1, tl.maximum(first + start, 1))
     tl.store(table + at, found, mask=at <= cells * positives)
@@ -254,101 +283,105 @@ def _table_kernel(
     needed = tl.zeros((), tl.int32)
     for power in tl.static_range(31):
         needed += (most >= (1 << power)).to(tl.int32)
-    tl.atomic_max(known + HALVINGS, needed, sem="relaxed")
+    tl.atomic_max(flags + HALVINGS, needed, sem="relaxed")
 
 
 @triton.jit
-def find(scores, line, limits, look_up):
-    """How many edges are not above each score, of its line and of all lines before it.
+def find(scores, segment, limits, look_up):
+    """How many breakpoints are not above each score, of its segment and of all segments before it.
 
     Args:
-        scores: between the first and the last edge of their line.
-        line: where the line begins, one for all scores or one for each; None without groups.
-        limits: of the line, see `read_limits`.
-        look_up: (keys, table, halvings, ends, cells), see `Edges`.
+        scores: between the first and the last breakpoint of their segment.
+        segment: where the segment begins, one for all scores or one for each; None without groups.
+        limits: of the segment, see `read_limits`.
+        look_up: of the call.
     """
-    keys, table, halvings, ends, cells = look_up
-    table -= _bits_before(scores.dtype)
+    keys, ends = look_up.keys, look_up.ends
+    table = look_up.table - _bits_before(scores.dtype)
     if ends is not None:
-        table += line * cells
+        table += segment * look_up.cells
     found = tl.load(table + _cell_bits(scores, limits))
-    step = (1 << halvings) >> 1
+    step = (1 << look_up.halvings) >> 1
     while step > 0:
         key = tl.load((keys + (step - 1)) + found)
         before = key <= scores
-        if ends is not None:  # the edges of the next line follow
-            before = before & (found + step <= 2 * tl.load(ends + line))
+        if ends is not None:  # the breakpoints of the next segment follow
+            before = before & (found + step <= 2 * tl.load(ends + segment))
         found = tl.where(before, found + step, found)
         step = step >> 1
     return found
 
 
-class Edges(NamedTuple):
-    """The 2P edges line by line, ascending, and the table that finds a score's place among them."""
+class Breakpoints(NamedTuple):
+    """The 2P breakpoints by segment, ascending, and the table that finds a score among them."""
 
-    order: Tensor  # (P,) int64: the positives line by line, by ascending score
+    order: Tensor  # (P,) int64: the positives segment by segment, by ascending score
     scores: Tensor  # (P,) in that order
-    starts: Tensor | None  # (P,) int32, in that order: where their line begins; None without groups
+    starts: (
+        Tensor | None
+    )  # (P,) int32, in that order: where their segment begins; None without groups
     ends: Tensor | None  # (P + 1,) int32: where it ends; 0 behind them all
-    keys: Tensor  # (2P and more,) of the scores' dtype, each edge rounded up, then inf
-    high: Tensor  # (2P,) float64; high + low is each edge exactly
+    keys: Tensor  # (2P and more,) of the scores' dtype, each breakpoint rounded up, then inf
+    high: Tensor  # (2P,) float64; high + low is each breakpoint exactly
     low: Tensor  # (2P,) float64
     windows: Tensor  # (2P,) int8: whether the interval that starts here lies in any window
     ranks: Tensor  # (5, P) int32, see `_merge_kernel`
-    limits: Tensor  # (P + 1, 4) of the scores' dtype: of the line that begins at a positive,
-    # see `read_limits`; nothing is relevant on one that has none, nor on the line P
+    limits: Tensor  # (P + 1, 4) of the scores' dtype: of the segment that begins at a positive,
+    # see `read_limits`; nothing is relevant on one that has none, nor on the segment P
     table: Tensor  # (cells P + 1,) int32, see `_table_kernel`
     cells: int  # of the table for each positive
-    known: Tensor  # (_KNOWN,) int32, see above
+    flags: Tensor  # (_FLAGS,) int32, see above
 
     @property
     def look_up(self) -> dict[str, Any]:
         """What a kernel takes to find scores, by name."""
-        names = ("keys", "table", "known", "limits", "ends", "cells")
+        names = ("keys", "table", "flags", "limits", "ends", "cells")
         return {name: getattr(self, name) for name in names}
 
 
-def sort_edges(scores: Tensor, delta: float, own_lines: Tensor | None = None) -> Edges:
-    """Sorts the edges of P > 0 positives; nothing waits for the device.
+def sort_breakpoints(
+    scores: Tensor, delta: float, positive_segments: Tensor | None = None
+) -> Breakpoints:
+    """Sorts the breakpoints of P > 0 positives; nothing waits for the device.
 
     Args:
         scores: (P,) finite scores, -inf for padding.
         delta: half-width of the step.
-        own_lines: (P,) int32, see `groups.Lines`; None for one line.
+        positive_segments: (P,) int32, see `groups.Segments`; None for one segment.
     """
     positives, device = scores.numel(), scores.device
     ascending, order = torch.sort(scores, stable=True)
     starts = ends = None
-    if own_lines is not None:
-        starts, by_line = torch.sort(own_lines[order], stable=True)
+    if positive_segments is not None:
+        starts, by_line = torch.sort(positive_segments[order], stable=True)
         order, ascending = order[by_line], ascending[by_line]
         ends = torch.searchsorted(starts, starts, right=True, out_int32=True)
         ends = torch.nn.functional.pad(ends, (0, 1))
-    edges = 2 * positives
-    steps = edges.bit_length()
-    total = min(max(_CELLS, triton.next_power_of_2(4 * edges)), _MOST_CELLS)
+    breakpoints = 2 * positives
+    steps = breakpoints.bit_length()
+    total = min(max(_CELLS, triton.next_power_of_2(4 * breakpoints)), _MOST_CELLS)
     cells = max(1, total // positives)
-    laid_out = Edges(
+    laid_out = Breakpoints(
         order=order,
         scores=ascending,
         starts=starts,
         ends=ends,
-        keys=scores.new_empty(edges + (1 << steps)),
-        high=torch.empty(edges, dtype=torch.float64, device=device),
-        low=torch.empty(edges, dtype=torch.float64, device=device),
-        windows=torch.empty(edges, dtype=torch.int8, device=device),
+        keys=scores.new_empty(breakpoints + (1 << steps)),
+        high=torch.empty(breakpoints, dtype=torch.float64, device=device),
+        low=torch.empty(breakpoints, dtype=torch.float64, device=device),
+        windows=torch.empty(breakpoints, dtype=torch.int8, device=device),
         ranks=torch.empty((5, positives), dtype=torch.int32, device=device),
         limits=scores.new_empty((positives + 1, 4)),
         table=torch.empty(cells * positives + 1, dtype=torch.int32, device=device),
         cells=cells,
-        known=torch.zeros(_KNOWN, dtype=torch.int32, device=device),
+        flags=torch.zeros(_FLAGS, dtype=torch.int32, device=device),
     )
     common = {
         "starts": starts,
         "ends": ends,
         "keys": laid_out.keys,
         "limits": laid_out.limits,
-        "known": laid_out.known,
+        "flags": laid_out.flags,
         "positives": positives,
         "steps": steps,
         "cells": cells,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 
-class Pairwise(NamedTuple):
+class PairwiseCosts(NamedTuple):
     """Prices, in seconds of a forward and backward, where every positive meets every logit."""
 
     call: float  # launches
@@ -29,7 +29,7 @@ class Pairwise(NamedTuple):
         return _sum_up(self, self.terms(positives, logits))
 
 
-class Breakpoints(NamedTuple):
+class BreakpointCosts(NamedTuple):
     """Prices, in seconds of a forward and backward, where a logit is looked up."""
 
     call: float
@@ -49,8 +49,8 @@ class Breakpoints(NamedTuple):
 class Costs(NamedTuple):
     """Of both algorithms. What groups add to a logit, a pair and a positive is in neither."""
 
-    pairwise: Pairwise
-    breakpoints: Breakpoints
+    pairwise: PairwiseCosts
+    breakpoints: BreakpointCosts
 
     def choose(self, positives: int, logits: int) -> str:
         """The cheaper algorithm for P positives (padding too, since the host knows no better)."""
@@ -64,13 +64,13 @@ def default_costs(dtype: torch.dtype) -> Costs:
 
     From the instructions that the kernels compile to on sm_90 (4.8 a pair; 105 a float32 logit, 35
     a 16-bit one, rounded up; 130 a float64 pair, which has no short way), at the rate of an H200,
-    and from the number of launches. Pairwise reads behind its pairs, where there are enough for the
-    choice to matter; a pair in float64 takes four times as long. Only the ratios matter.
+    and from the number of launches. PairwiseCosts reads behind its pairs, where there are enough
+    for the choice to matter; a pair in float64 takes four times as long. Only the ratios matter.
     """
     if dtype == torch.float64:
-        return Costs(Pairwise(4e-5, 0.0, 5e-12, 2e-11), Breakpoints(1.2e-4, 4e-11, 2e-9))
+        return Costs(PairwiseCosts(4e-5, 0.0, 5e-12, 2e-11), BreakpointCosts(1.2e-4, 4e-11, 2e-9))
     logit = 7e-12 if dtype == torch.float32 else 3e-12
-    return Costs(Pairwise(4e-5, 0.0, 1.7e-13, 6.8e-13), Breakpoints(1.2e-4, logit, 2e-9))
+    return Costs(PairwiseCosts(4e-5, 0.0, 1.7e-13, 6.8e-13), BreakpointCosts(1.2e-4, logit, 2e-9))
 
 
 def _sum_up(prices: tuple[float, ...], terms: tuple[int, ...]) -> float:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...reference.layout import Batch
 from .block_sizes import (
     DTYPES,
     AnyTiles,
@@ -39,7 +40,7 @@ from .block_sizes import (
     default_tiles,
     dtype_class,
 )
-from .costs import Breakpoints, Costs, Pairwise, default_costs
+from .costs import BreakpointCosts, Costs, PairwiseCosts, default_costs
 
 FOLDER = "ALRP_TRITON_TILES"  # the environment variable that names a user's directory
 
@@ -54,7 +55,7 @@ class Tuned(NamedTuple):
     costs: dict[str, Costs]  # by the class of dtypes
 
 
-NOTHING = Tuned([], [], {})
+UNTUNED = Tuned([], [], {})
 
 
 class Defaults(NamedTuple):
@@ -62,6 +63,12 @@ class Defaults(NamedTuple):
 
     pairwise: Tiles
     breakpoints: BreakpointTiles
+
+
+def kind_of(batch: Batch) -> tuple[torch.dtype, int, int]:
+    """Return what a call's class is told by: dtype of the logits, P (padding too) and N."""
+    dtype = batch.logits[0].dtype if batch.logits else batch.scores.dtype
+    return dtype, batch.scores.numel(), sum(level.numel() for level in batch.logits)
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype, positives: int, logits: int) -> Tiles:
@@ -120,7 +127,7 @@ def forget() -> None:
 
 def _of_device(device: torch.device) -> Tuned:
     if device.type != "cuda":
-        return NOTHING
+        return UNTUNED
     # What is tuned is float32 and 16-bit, whose defaults are the same.
     defaults = defaults_for(device, torch.float32)
     name = torch.cuda.get_device_properties(device).name
@@ -132,7 +139,7 @@ def _of_gpu(gpu: str, defaults: Defaults, folder: str | None) -> Tuned:
     if folder and not os.path.isdir(folder):
         raise ValueError(f"{FOLDER}: expected a directory that exists, got {folder!r}")
     path = find_file(gpu, folder)
-    return NOTHING if path is None else read_file(path, defaults)
+    return UNTUNED if path is None else read_file(path, defaults)
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -204,8 +211,8 @@ def _costs(content: Any) -> dict[str, Costs]:
     for dtype, entry in content.items():
         try:
             _expect(entry, required=Costs._fields, optional=("measured",))
-            pairwise = Pairwise(**_prices(entry, "pairwise", Pairwise._fields))
-            breakpoints = Breakpoints(**_prices(entry, "breakpoints", Breakpoints._fields))
+            pairwise = PairwiseCosts(**_prices(entry, "pairwise", PairwiseCosts._fields))
+            breakpoints = BreakpointCosts(**_prices(entry, "breakpoints", BreakpointCosts._fields))
             found[dtype] = Costs(pairwise, breakpoints)
         except ValueError as error:
             raise ValueError(f"costs of {dtype}: {error}") from error
