@@ -31,7 +31,7 @@ _SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction a cl
 
 
 def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Logits a second that are counted between edges; the share that stands above the first."""
+    """Measure logits a second counted between edges, and the share that stands above the first."""
     device = case.scores.device
     tiles = breakpoints.choose_tiles(case.logits, case.scores)
     if refused := Judge(case).refuses("count", tiles):
@@ -53,7 +53,10 @@ def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, An
 
 
 def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Pairs a second by count and gradient, and the share of all instructions a GPU could issue."""
+    """Measure pairs a second by count and gradient.
+
+    With them goes the share of all instructions that a GPU could issue.
+    """
     device = case.scores.device
     tiles = pairwise.choose_tiles(case.logits, case.scores)
     judge = Judge(case)
@@ -70,7 +73,7 @@ def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
 
 
 def measure_edges(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Seconds until the edges of all positives are sorted, and can be looked up."""
+    """Measure the seconds until the edges of all positives are sorted, and can be looked up."""
     scores = case.scores.double()
     right = torch.cat([scores - case.delta, scores + case.delta]).sort().values
     ok = torch.equal(sort_edges(case.scores, case.delta).high, right)
@@ -83,7 +86,7 @@ def _median(call: Step, device: torch.device, rounds: int) -> float:
 
 
 def _issued(task: Task, pairs_per_second: float, device: torch.device) -> float | None:
-    """Of the instructions that the schedulers could issue at the highest clock; NVIDIA only."""
+    """Return the share of what the schedulers could issue at the highest clock; NVIDIA only."""
     if not task.target.startswith("sm_") or (clock := _highest_clock()) is None:
         return None
     code = examine(task)
@@ -95,7 +98,7 @@ def _issued(task: Task, pairs_per_second: float, device: torch.device) -> float 
 
 
 def _highest_clock() -> float | None:
-    """Of the multiprocessors, in hertz."""
+    """Return the highest clock of the multiprocessors, in hertz."""
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
