@@ -21,7 +21,7 @@ DISTRIBUTIONS = {
 def detector_batch(
     distribution: str, anchors: int, classes: int, num_positives: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """float32 logits (anchors, classes), and class indices, -1 background, some ignored."""
+    """Return float32 logits (anchors, classes), and class indices: -1 background, some ignored."""
     generator = torch.Generator().manual_seed(seed)
     negative, positive = DISTRIBUTIONS[distribution]
     logits = torch.randn(anchors, classes, generator=generator)
@@ -37,7 +37,7 @@ def detector_batch(
 
 
 def to_levels(logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """What the operators take, from (N, C) logits: levels, their targets, index and scores."""
+    """Turn (N, C) logits into what the operators take: levels, their targets, index and scores."""
     levels = [logits.detach().reshape(*logits.shape, 1)]
     level_targets = [targets.reshape(-1, 1)]
     size = int(layout.is_positive(levels[0], level_targets[0], IGNORE).sum())
@@ -46,7 +46,7 @@ def to_levels(logits: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tenso
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest |got - expected| / |expected|, entry by entry; 0 where both are equal."""
+    """Return the largest |got - expected| / |expected|, entry by entry; 0 where both are equal."""
     got, expected = got.detach().double().reshape(-1), expected.detach().double().reshape(-1)
     assert got.shape == expected.shape
     error = (got - expected).abs() / expected.abs()

@@ -30,7 +30,7 @@ def blocks_of(page: str) -> list[str]:
 
 
 def run_blocks(page: str, **given: object) -> dict:
-    """All Python blocks in turn, as a reader would paste them."""
+    """Run all Python blocks in turn, as a reader would paste them."""
     namespace = dict(given)
     for block in blocks_of(page):
         exec(compile(block, page, "exec"), namespace)

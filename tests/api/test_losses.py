@@ -277,7 +277,7 @@ class Scripted(nn.Module):
         self.criterion = criterion
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inference."""
+        """Infer, without a loss."""
         return self.layer(x)
 
 
@@ -285,7 +285,7 @@ class ScriptedAP(Scripted):
     """One that calls it in training mode."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             return self.criterion(self.layer(x), targets)
         return self.layer(x)
@@ -295,7 +295,7 @@ class ScriptedALRP(Scripted):
     """The same, with boxes, and keywords."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             out = self.criterion([self.layer(x)], [targets], pred_boxes=x, target_boxes=x)
             return out.loss + out.cls
@@ -306,7 +306,7 @@ class ScriptedRankSort(Scripted):
     """The same, with qualities."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             return self.criterion(self.layer(x), targets, x[:, 0]).sorting
         return self.layer(x)

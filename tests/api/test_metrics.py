@@ -39,13 +39,13 @@ MEASURES = ("olrp", "olrp_loc", "olrp_fp", "olrp_fn")
 
 
 def detections(*rows) -> dict[str, torch.Tensor]:
-    """Of rows (x1, y1, x2, y2, score, label)."""
+    """Make detections of rows (x1, y1, x2, y2, score, label)."""
     table = torch.from_numpy(np.array(rows, dtype=float).reshape(-1, 6))
     return {"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long()}
 
 
 def truths(*rows) -> dict[str, torch.Tensor]:
-    """Of rows (x1, y1, x2, y2, label, is a crowd)."""
+    """Make ground truth of rows (x1, y1, x2, y2, label, is a crowd)."""
     table = torch.from_numpy(np.array(rows, dtype=float).reshape(-1, 6))
     return {
         "boxes": table[:, :4],
@@ -61,7 +61,7 @@ def evaluate(preds, target, **settings) -> dict[str, torch.Tensor]:
 
 
 def random_images(images: int, seed: int = 0, grid: float | None = None, most: int = 12):
-    """Detections around the ground truth and elsewhere; rounded to a grid, ties abound."""
+    """Draw detections around the ground truth and elsewhere; rounded to a grid, ties abound."""
     rng = np.random.default_rng(seed)
     preds, target = [], []
     for _ in range(images):
@@ -104,8 +104,11 @@ def plain_area(box) -> float:
 
 
 def plain_match(preds, target, label, tau, area=ALL, most=100, least_score=-math.inf):
-    """Of a class, one after the other: IoU of each true positive, number of false ones and of
-    ground truths, from the detections that score enough.
+    """Match a class, one detection after the other.
+
+    Returns:
+        The IoU of each true positive, the number of false ones and of ground truths, from the
+        detections that score enough.
     """
     ious, false, positives = [], 0, 0
     for found, truth in zip(preds, target, strict=True):
@@ -146,7 +149,11 @@ def plain_match(preds, target, label, tau, area=ALL, most=100, least_score=-math
 
 
 def plain_lrp(preds, target, label, tau, area=ALL, most=100):
-    """Eq. 6 at every score: oLRP, its components and the threshold, NaN where there is none."""
+    """Evaluate Eq. 6 at every score.
+
+    Returns:
+        oLRP, its components and the threshold, NaN where there is none.
+    """
     scores = {s for found in preds for s in found["scores"][found["labels"] == label].tolist()}
     best = (math.nan, math.nan, math.nan, math.nan, math.nan)
     for score in sorted(scores, reverse=True):
@@ -569,7 +576,7 @@ WRONG_NAMES = ["", " ", "a b", "1", "a-b", 3, None, (0, 1), *CLASHES]
 
 
 def assert_form(name: str, call) -> None:
-    """It raises, and says which argument, what was expected and what came."""
+    """Check that a call raises, and says which argument, what was expected and what came."""
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert re.match(re.escape(name) + r"[^:]*: expected .+, got .+", str(error.value)), error.value
@@ -921,7 +928,7 @@ def test_no_cast_touches_what_is_kept():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device that isn't the CPU: meta, taken for one that holds numbers."""
+    """Return a device that isn't the CPU: meta, taken for one that holds numbers."""
     monkeypatch.setattr(metrics, "home", lambda device: device)
 
 
@@ -1074,7 +1081,7 @@ def test_scripted_models_may_hold_the_metric():
 
 
 def average_precision(matches: matching.Matches, points: int = 101) -> float:
-    """COCO's: precision made monotone, at evenly spaced recalls, mean over classes."""
+    """Return COCO's AP: precision made monotone, at evenly spaced recalls, mean over classes."""
     values = []
     for label in matches.truth_labels[matches.counted].unique():
         positives = int((matches.truth_labels[matches.counted] == label).sum())
@@ -1305,7 +1312,7 @@ def test_wrong_positives_are_named(function, arguments, error, message):
 
 
 def count_operators(call, name: str = "") -> int:
-    """Operators of torch that it dispatches, of this name or all."""
+    """Count the operators of torch that it dispatches, of this name or all."""
     found = []
 
     class Counter(TorchDispatchMode):
@@ -1319,7 +1326,7 @@ def count_operators(call, name: str = "") -> int:
 
 
 def images_like_cocos(images: int, most: int):
-    """7 objects and as many detections as given in each image, the last of one class."""
+    """Draw images of 7 objects and as many detections as given, the last of one class."""
     rng = np.random.default_rng(0)
     preds, target = [], []
     for _ in range(images):

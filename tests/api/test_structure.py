@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The modules that a file imports, whole names; of `from a import b` also a.b."""
+    """Yield the modules that a file imports, whole names; of `from a import b` also a.b."""
     name = list(path.relative_to(ROOT).with_suffix("").parts)
     if name[0] == "reference":
         name = ["alrp_triton", *name]
@@ -29,7 +29,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def own_imports(folder: str) -> dict[str, set[str]]:
-    """{file: what it imports of this project}, for all files below a folder."""
+    """Return {file: what it imports of this project}, for all files below a folder."""
     files = [
         path
         for path in sorted((ROOT / folder).rglob("*.py"))

@@ -54,7 +54,7 @@ def _errors(targets: Tensor) -> Tensor:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, str, str]]:
-    """(impl, algorithm, case), the first two set for the program."""
+    """Return (impl, algorithm, case), the first two set for the program."""
     impl, algorithm, _ = request.param
     if impl == "triton":
         pytest.importorskip("triton")
@@ -149,12 +149,12 @@ class Rounded(NamedTuple):
     tiles: Any
 
     def check(self, value: Tensor, exact: Tensor, budget: Tensor) -> None:
-        """A result in float32."""
+        """Check a result in float32."""
         assert value.dtype == torch.float32
         assert ((value.detach().double() - exact).abs() <= budget).all()
 
     def check_gradient(self, exact: Tensor, budget: list[Tensor]) -> None:
-        """That by the logits."""
+        """Check the gradient by the logits."""
         self.check(self.leaf.grad, exact, budget[0].reshape(exact.shape))
         self.leaf.grad = None
 
@@ -240,7 +240,7 @@ def test_published_rank_sort_in_float32(backend):
 
 
 def alrp_head(regression_losses: Tensor, rank: Tensor, descending: Tensor) -> Tensor:
-    """The localisation value as the heads for aLRP make it: hard order over smooth rank.
+    """Return the localisation value as heads for aLRP make it: hard order over smooth rank.
 
     The mean over positives, from the highest score on, of the summed losses so far over the rank.
     """
@@ -275,7 +275,7 @@ class ALRPHead:
     def flatten(
         self, maps: list[Tensor], labels: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Logits and marks of all levels in one row.
+        """Put logits and marks of all levels in one row.
 
         Args:
             maps: (B, A*C, H, W) each.
@@ -291,7 +291,7 @@ class ALRPHead:
         return torch.cat(rows).reshape(-1), marks.reshape(-1)
 
     def loss(self, logits: Tensor, marks: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss_cls, loss_bbox), the latter with its weight, of a loss of the box of each positive.
+        """Return (loss_cls, loss_bbox), the latter weighted, of a loss of the box of each positive.
 
         The iteration that ends a period has the new weight already.
         """
@@ -308,7 +308,7 @@ class ALRPHead:
 
 
 def head_batch(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Two levels of two images, three anchors and four classes: maps, labels and weights."""
+    """Draw two levels of two images, three anchors and four classes: maps, labels and weights."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (6, 5), (3, 2)
     maps = [2 * torch.randn(2, 3 * 4, *hw, generator=generator).double() for hw in sizes]
@@ -321,7 +321,7 @@ def head_batch(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 
 def as_class_indices(labels: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """(B * A, H, W) each, as `alrp_loss` takes them without flattening anything."""
+    """Return (B * A, H, W) each, as `alrp_loss` takes them without flattening anything."""
     return [
         label.masked_fill(weight == 0, -100).permute(0, 3, 1, 2).flatten(0, 1)
         for label, weight in zip(labels, weights, strict=True)
@@ -372,7 +372,7 @@ def test_alrp_head_on_levels_over_three_periods():
 
 
 def spread_to_levels(errors: Tensor, labels: list[Tensor]) -> Tensor:
-    """The losses of the boxes from the order of (B, H, W, A) anchors to that of (B * A, H, W)."""
+    """Reorder the losses of the boxes from (B, H, W, A) anchors to (B * A, H, W)."""
     parts = []
     for label, own in zip(labels, errors.split([int((x < 4).sum()) for x in labels]), strict=True):
         dense = torch.zeros(label.shape, dtype=errors.dtype).masked_scatter(label < 4, own)
@@ -401,7 +401,7 @@ class RankSortHead:
         self.loss_rank = RankSort()
 
     def loss(self, logits: Tensor, targets: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """Of logits (M,), targets with the IoU, and a loss of the box of each positive."""
+        """Return the loss of logits (M,), targets with the IoU, and a loss of each box."""
         ranking, sorting = self.loss_rank.apply(logits, targets, 0.5)
         weights = logits.detach()[targets > 0].sigmoid()
         box = (weights * boxes).sum() / weights.sum()
@@ -445,13 +445,13 @@ class Plain(NamedTuple):
     eps: float
 
     def step(self, x: Tensor) -> Tensor:
-        """H(x)."""
+        """Return H(x)."""
         if self.delta == 0:
             return (x >= 0).double()
         return (x / (2 * self.delta) + 0.5).clamp(0, 1)
 
     def alrp(self, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """cls_loss and its gradient."""
+        """Return cls_loss and its gradient."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, values = torch.zeros_like(self.logits), []
         for i in positive.nonzero()[:, 0]:
@@ -467,7 +467,7 @@ class Plain(NamedTuple):
         return torch.stack(values).mean(), gradient
 
     def ap(self) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient."""
+        """Return the loss and its gradient."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, precision, shares = torch.zeros_like(self.logits), {}, {}
         for i in positive.nonzero()[:, 0].tolist():
@@ -484,7 +484,7 @@ class Plain(NamedTuple):
         return torch.stack(errors).mean(), gradient
 
     def rank_sort(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Both values and the gradient of their sum."""
+        """Return both values and the gradient of their sum."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, ranking, sorting = torch.zeros_like(self.logits), [], []
         number = positive.sum()
@@ -507,7 +507,7 @@ class Plain(NamedTuple):
 
 @st.composite
 def plain_cases(draw):
-    """Ties, both steps, equal IoU, 0 and 1 among them, an eps that matters; some positive."""
+    """Draw ties, both steps, equal IoU, 0 and 1 among them, an eps that matters; some positive."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     size = draw(st.integers(1, 40))
     logits = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -556,7 +556,7 @@ def test_plain_loops(plain):
 
 
 def draw(positives: int, size: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits, and targets with the IoU of the positives; a few ignored."""
+    """Draw logits, and targets with the IoU of the positives; a few ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(size, generator=generator)
     targets = torch.zeros(size)
@@ -837,7 +837,7 @@ class Operators(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Notes it down."""
+        """Note the operator down and run it."""
         self.seen[func.overloadpacket._qualified_op_name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -266,7 +266,10 @@ def test_words_of_a_large_call(positives: int, copies: int, bits: int) -> None:
 
 
 def _most_a_copy_gets(shape: tuple[int, int], copies: int, tiles: Any) -> tuple[int, int]:
-    """Of (anchors, classes) logits: added by the tiles, and taken away anchor by anchor."""
+    """Return the most that a copy gets of (anchors, classes) logits.
+
+    The first is added by the tiles, the second taken away anchor by anchor.
+    """
     anchors, classes = shape
     place = torch.arange(anchors * classes)
     tile, lane = place // (tiles.count_rows * tiles.lanes), place % tiles.lanes

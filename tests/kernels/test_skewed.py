@@ -38,7 +38,7 @@ _EXACT = Rounding(step=0.0, count_terms=0, gradient_terms=0)
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several of everything; whatever a kernel does not write shows as NaN."""
+    """Make tiles small, so that there are several; make whatever a kernel does not write NaN."""
     monkeypatch.setattr(kernels, "_LANES", 32)
     monkeypatch.setattr(kernels, "_PROGRAMS", 12)
     before = torch.are_deterministic_algorithms_enabled()
@@ -74,7 +74,7 @@ class Grouped(NamedTuple):
         )  # fmt: skip
 
     def truth(self, on_slope: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """mass (P,) and the gradients in float64; with H = 1 on every slope and 0 elsewhere."""
+        """Return mass (P,) and the gradients in float64; H = 1 on every slope and 0 elsewhere."""
         case = self.case.to(torch.float64)
         valid = case.scores != -torch.inf
         settings = case.delta, IGNORE, self.groups
@@ -95,7 +95,7 @@ class Grouped(NamedTuple):
 
 
 def draw(name: str, grouped: bool = False) -> Grouped:
-    """A case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
+    """Draw a case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
     call = _with_powers(CASES[name]())
     if not grouped:
         return call
@@ -127,7 +127,7 @@ def test_every_delta_with_scores_of_every_magnitude(delta: float, dtype: torch.d
 
 
 def check(call: Grouped) -> None:
-    """H is rounded once or twice in the dtype of the scores, all else is float64."""
+    """Check with H rounded once or twice in the dtype of the scores; all else is float64."""
     case, (mass, gradients) = call.case, call.truth()
     error = pair_error(case, _EXACT, torch_error(case, case.negatives()))
     of_mass, of_gradients = call.truth(on_slope=True)

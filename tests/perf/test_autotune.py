@@ -112,7 +112,7 @@ class Clock:
         self.seconds, self.timed = seconds, set()
 
     def interleave(self, calls, device, rounds, until):
-        """Takes no time."""
+        """Return the times given to each candidate, and take no time."""
         found = {name: call.args[1] for name, call in calls.items()}  # partials of (side, tiles)
         self.timed |= set(found.values())
         return {
@@ -283,7 +283,7 @@ TRUE = Costs(Pairwise(3e-5, 1e-12, 2e-13, 1e-12), Breakpoints(1e-4, 8e-12, 3e-9)
 
 
 def times_of(costs, factor=1.0):
-    """In place of `cost_model.time_calls`: what the calls cost by these prices."""
+    """Return what the calls cost by these prices, in place of `cost_model.time_calls`."""
 
     def time_calls(calls, tiles_of, device, until, progress):
         return [

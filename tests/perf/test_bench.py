@@ -30,12 +30,12 @@ TINY = Cell(20_000, 20, "mid")
 
 @pytest.fixture(autouse=True)
 def _known_bandwidth(monkeypatch):
-    """Measuring it takes longer than most of these tests."""
+    """Know the bandwidth: measuring it takes longer than most of these tests."""
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
 
 def fill(cell, rounds=1, variants=None, **more):
-    """Report of one cell: of the named variants, and of `more` by their names."""
+    """Report one cell: of the named variants, and of `more` by their names."""
     table = {name: VARIANTS[name] for name in variants or (OURS,)} | more
     return bench.run([cell], table, CPU, rounds, progress=False)
 
@@ -45,7 +45,7 @@ def by_name(report):
 
 
 def changed(change):
-    """This package with its loss changed by `change(value, logits)`."""
+    """Return this package as a variant, its loss changed by `change(value, logits)`."""
 
     def bind(inputs):
         def loss(logits):
@@ -292,7 +292,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
 
 def found(what="times faster than a rival", least=4.0, reached=False):
-    """A goal as `judge` returns it."""
+    """Make a goal as `judge` returns it."""
     return {
         "what": what, "found": least, "bound": 5.0, "at_least": True, "reached": reached,
         "cell": "mid", "cells": 1,
@@ -455,7 +455,7 @@ class Work(TorchDispatchMode):
 
 
 def work(name, inputs):
-    """(operators, passes over the logits) of forward and backward."""
+    """Return (operators, passes over the logits) of forward and backward."""
     loss = VARIANTS[name].bind(inputs)
     with Work() as counted:
         bench.forward_backward(loss, inputs.logits)

@@ -15,7 +15,7 @@ N, P = 20_951_040, 1000
 
 
 def row(variant=OURS, seconds=1e-4, distribution="mid", positives=P, **changed):
-    """As `bench.run` makes it; 250 microseconds are the floor of float32."""
+    """Make a row as `bench.run` does; 250 microseconds are the floor of float32."""
     found = {
         "variant": variant, "distribution": distribution, "dtype": "float32", "N": N,
         "P": positives, "delta": 1.0, "seconds": seconds, "ratio": None, "extra_bytes": 0,
