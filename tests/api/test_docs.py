@@ -95,7 +95,7 @@ def test_the_readme_is_short_and_works_anywhere():
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     linked = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
-    named = re.findall(r"`((?:alrp_triton|reference|tests|perf|docs)/[\w./]+)`", text)
+    named = re.findall(r"`((?:alrp_triton|reference|tests|perf|docs|examples)/[\w./]+)`", text)
     modules = [
         f"{name.replace('.', '/')}/__main__.py"
         for name in re.findall(r"python -m (perf\.\w+)", text)

@@ -89,7 +89,7 @@ def test_perf_is_a_dozen_rooms_that_import_in_one_direction():
     list(TopologicalSorter(rooms).static_order())  # raises where they run in a circle
 
 
-@pytest.mark.parametrize("name", ["alrp_triton", "reference", "tests", "perf", "docs"])
+@pytest.mark.parametrize("name", ["alrp_triton", "reference", "tests", "perf", "docs", "examples"])
 def test_the_top_level_has_the_rooms_that_it_tells_of(name):
     assert (ROOT / name).is_dir()
     assert f"`{name}/`" in (ROOT / "CONTRIBUTING.md").read_text() or name == "alrp_triton"
