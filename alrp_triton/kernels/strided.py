@@ -12,7 +12,7 @@ from .language import divide, finite, magic_of
 
 @triton.jit
 def origin_of(start, middle, inner):
-    """Where a share of a level begins: (outer, middle, inner) of its logit `start`."""
+    """Return where a share of a level begins: (outer, middle, inner) of its logit `start`."""
     inner = tl.cast(inner, tl.int64)
     row = tl.cast(middle, tl.int64) * inner
     outer = start // row
@@ -22,7 +22,10 @@ def origin_of(start, middle, inner):
 
 @triton.jit
 def offset_of(places, outer, middle, inner, WIDE: tl.constexpr):
-    """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
+    """Return where a place is in memory.
+
+    WIDE tells what needs 64 bits: nothing, the outer axis, or all (0, 1, 2).
+    """
     o, m, i = places
     if WIDE > 0:
         o = o.to(tl.int64)
@@ -33,7 +36,7 @@ def offset_of(places, outer, middle, inner, WIDE: tl.constexpr):
 
 @triton.jit
 def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """The logits `local` places behind the origin of a level.
+    """Read the logits `local` places behind the origin of a level.
 
     Returns them upcast and finite but for NaN; which of them are negatives; their places, (outer,
     middle, inner), of which outer counts from the origin.
@@ -64,7 +67,7 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
 
 @triton.jit
 def read_groups(groups, strides, origin, places, WIDE: tl.constexpr):
-    """The groups, or lines, of the logits at `places` of `read_logits`."""
+    """Read the groups, or segments, of the logits at `places` of `read_logits`."""
     at = groups + origin[0] * strides[0]
     return tl.load(at + offset_of(places, strides[0], strides[1], strides[2], WIDE))
 
@@ -81,7 +84,7 @@ class Level(NamedTuple):
 def lay_out(
     logits: Tensor, targets: Tensor, out: Tensor | None = None, groups: Tensor | None = None
 ) -> Level:
-    """Chooses the order in which a level is read: along its fastest axis.
+    """Choose the order in which a level is read: along its fastest axis.
 
     Args:
         logits: (B, C, M).
@@ -126,7 +129,7 @@ def lay_out(
 
 
 def is_dense(tensor: Tensor, like: Tensor | None = None) -> bool:
-    """Whether the elements fill a stretch of memory, each in a place of its own.
+    """Return whether the elements fill a stretch of memory, each in a place of its own.
 
     With `like`, also whether each stands in the same place as there.
     """
@@ -149,5 +152,5 @@ def is_dense(tensor: Tensor, like: Tensor | None = None) -> bool:
 
 
 def _span(tensor: Tensor, axes: Sequence[int]) -> int:
-    """How far apart two elements may stand along some axes."""
+    """Return how far apart two elements may stand along some axes."""
     return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
