@@ -53,7 +53,7 @@ def test_examples_in_the_pages_run(page, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_lines_for_heads_of_the_authors_run():
-    """Those of the table, and the Python blocks in turn, on a class as theirs are."""
+    """The lines of the table run, then the Python blocks in turn, on a class as theirs are."""
 
     class BucketedRankSort(torch.autograd.Function):
         """Stands for a registered class, of which a head has an instance."""

@@ -79,7 +79,7 @@ def install(folder: Path, *what: str | Path) -> Path:
 
 
 def test_a_checkout_works_where_it_stands():
-    """Without any installation, in its own folder."""
+    """It works without any installation, in its own folder."""
     gradient, package, reference = run(sys.executable, "-c", CALL, cwd=ROOT).splitlines()
     assert gradient == "[0.5, -0.5, 0.0]"
     assert package == str(ROOT / "alrp_triton" / "__init__.py")
@@ -107,7 +107,7 @@ def test_an_installed_package_works_anywhere(installed, tmp_path):
 
 @needs_setuptools
 def test_an_installed_package_works_in_its_checkout(installed):
-    """Where the checkout's own folders come first."""
+    """There the checkout's own folders come first."""
     checkout, python = installed
     _, package, reference = run(python, "-c", CALL, cwd=checkout).splitlines()
     assert package == str(checkout / "alrp_triton" / "__init__.py")

@@ -392,7 +392,7 @@ def test_a_call_returns_the_batch_and_adds_it():
 
 
 def test_the_order_of_images_detections_and_ground_truths_does_not_matter():
-    """To the last bit, where no scores and no IoUs are equal."""
+    """Results are equal to the last bit, where no scores and no IoUs are equal."""
     preds, target = random_images(9, seed=1)
     expected = evaluate(preds, target, areas=COCO_AREAS)
     shuffled = np.random.default_rng(0)
@@ -508,7 +508,7 @@ def test_wrong_input_is_named(preds, target, error, message):
     ],
 )
 def test_numbers_that_mean_nothing_are_named_when_they_come(part, key, value, message):
-    """By image and box, before anything is added; the first image has none."""
+    """An error names image and box, before anything is added; the first image has none."""
     nothing = {name: torch.tensor([]) for name in GOOD}
     wrong = {name: values.clone() for name, values in (GOOD | TRUTH).items()}
     wrong[key] = wrong[key].double() if wrong[key].is_floating_point() else wrong[key]
@@ -526,7 +526,7 @@ def test_numbers_that_mean_nothing_are_named_when_they_come(part, key, value, me
 
 
 def test_an_update_waits_for_the_device_once():
-    """However many images it has."""
+    """It does so however many images it has."""
 
     def waits(images: int) -> int:
         preds, target = random_images(images, seed=11)
@@ -693,7 +693,7 @@ def test_wrong_fields_are_named(name, key):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (0, 1), (1, 0)], ids=str)
 def test_an_empty_tensor_has_no_dtype_and_no_shape(dtype, shape):
-    """As torchvision's reference conversion leaves an image without annotations."""
+    """torchvision's reference conversion leaves an image without annotations so."""
     preds, target = random_images(5, seed=12)
     nothing = dict.fromkeys(TRUTH, torch.zeros(shape, dtype=dtype))
     none = dict.fromkeys(GOOD, torch.zeros(shape, dtype=dtype))
@@ -986,7 +986,7 @@ def test_what_is_loaded_moves_here(elsewhere):
 
 
 def test_ranks_without_images_gather_from_their_own_device(monkeypatch, elsewhere):
-    """As NCCL needs it, and in the dtypes of the others."""
+    """NCCL needs that; the dtypes are those of the others."""
     pytest.importorskip("torchmetrics")
     monkeypatch.setattr(matching, "_check_values", lambda *_: None)
     preds, target = random_images(2)
@@ -1020,7 +1020,7 @@ def test_a_device_without_float64_or_numbers_leaves_all_on_the_cpu(device):
 
 
 def test_a_call_that_raises_changes_nothing():
-    """Neither what was kept nor how it is computed, whether the batch is refused or breaks off."""
+    """What was kept and how it is computed stay, whether the batch is refused or breaks off."""
     preds, target = random_images(6, seed=20)
     metric = LRP(areas=COCO_AREAS)
     metric.update(preds[:2], target[:2])
@@ -1123,7 +1123,7 @@ def coco_evaluation(preds, target):
 
 @pytest.mark.parametrize("grid", [None, 4], ids=["distinct", "ties"])
 def test_average_precision_is_cocos(grid):
-    """At three IoUs and in all ranges of areas, as faster-coco-eval finds it."""
+    """It is what faster-coco-eval finds at three IoUs and in all ranges of areas."""
     preds, target = random_images(40, seed=6, grid=grid)
     precision = coco_evaluation(preds, target).eval["precision"]  # IoU, recall, class, area, most
     for row, tau in ((0, 0.5), (5, 0.75), (8, 0.9)):
@@ -1427,7 +1427,7 @@ def test_in_a_metric_collection():
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_states_of_two_metrics_merge(first):
-    """Also where one of them has seen nothing, and after a move or a copy."""
+    """One of them may have seen nothing, and either may have been moved or copied."""
     pytest.importorskip("torchmetrics")
     preds, target = random_images(5, seed=9)
     metric, other = LRP(areas=COCO_AREAS), LRP(areas=COCO_AREAS)

@@ -81,7 +81,7 @@ CASTS = {
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_no_cast_reaches_the_statistics(cast):
-    """Before the first iteration, in the middle of an epoch, and with a weight that is in use."""
+    """It may come before the first iteration, in an epoch, and with a weight that is in use."""
     balance = SelfBalance(initial=46.3)
     model = Detector(balance)
     cast(model)
@@ -352,7 +352,7 @@ def test_averaging_models_have_a_weight_between():
 
 
 def test_the_state_dict_averages_as_numbers():
-    """As timm and others average what it refers to."""
+    """timm and others average what it refers to."""
     balance, average = SelfBalance(), SelfBalance()
     balance.weight = torch.tensor(10.0)
     for mean, value in zip(

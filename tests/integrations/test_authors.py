@@ -117,7 +117,7 @@ def leaf_of(logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_published_numbers(backend):
-    """All of the three losses to 1e-10, entry by entry and relative."""
+    """All of the three losses agree to 1e-10, entry by entry and relative."""
     case = golden(backend[-1])
     leaf = leaf_of(case.logits)
     cls_loss, rank, _ = aLRPLoss.apply(leaf, case.targets, case.loc_errors, case.delta)
@@ -381,7 +381,7 @@ def spread_to_levels(errors: Tensor, labels: list[Tensor]) -> Tensor:
 
 
 def test_alrp_head_with_a_scaled_loss():
-    """As GradScaler does; the losses stay, the gradients are multiplied."""
+    """GradScaler scales so; the losses stay, the gradients are multiplied."""
     maps, labels, weights = head_batch(0)
     gradients = []
     for scale in (1.0, 65536.0):
@@ -424,7 +424,7 @@ def test_rank_sort_head():
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "small_delta"])
 def test_ap_loss_of_the_repository_of_that_name(case):
-    """Called in the forward of an autograd function, for (B, A, C) logits; delta is 1 there."""
+    """It is called in an autograd function's forward, for (B, A, C) logits; delta is 1 there."""
     exact = golden(case)
     with torch.no_grad():
         gradient, loss = AP_loss(exact.logits.reshape(1, -1, 1), exact.targets.reshape(1, -1, 1))
@@ -571,7 +571,7 @@ def marks_of(loss: str, targets: Tensor) -> Tensor:
 
 
 def test_what_differs_from_the_functions():
-    """As the docstrings say; where nothing does, the numbers are theirs."""
+    """It is what the docstrings say; where nothing does, the numbers are theirs."""
     logits, targets = (x.double() for x in draw(20))
     marks, quality = marks_of("ap", targets), targets[targets > 0]
     cls_loss, rank, order = aLRPLoss.apply(logits, marks, quality)
@@ -589,7 +589,7 @@ def test_what_differs_from_the_functions():
 
 @pytest.mark.parametrize("delta", [0.0, 0.5])
 def test_rank_sort_of_equal_iou_is_ap_with_the_self_term(delta):
-    """What the published bucketed AP approximates: nothing to sort, and no interpolation."""
+    """The published bucketed AP approximates this: nothing to sort, and no interpolation."""
     logits, targets = (x.double() for x in draw(20))
     marks, leaf = marks_of("ap", targets), leaf_of(logits)
     ranking, sorting = RankSort.apply(leaf, marks, delta)
@@ -682,7 +682,7 @@ def test_the_gradient_of_rank_sort_rides_on_the_ranking_value():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(without, loss):
-    """As in a validation: the same value, attached to nothing."""
+    """A validation gets the same value, attached to nothing."""
     logits, targets = draw(20)
     leaf, targets = leaf_of(logits), marks_of(loss, targets)
     with without():
@@ -693,7 +693,7 @@ def test_without_gradients(without, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_values_may_be_changed_in_place(loss):
-    """As heads weigh them."""
+    """Heads weigh them so."""
     logits, targets = draw(20)
     leaf = leaf_of(logits)
     value = LOSSES[loss](leaf, marks_of(loss, targets))
@@ -880,7 +880,7 @@ def test_alrp_never_waits():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiles(loss):
-    """In one graph: AP and Rank & Sort then make room for every logit, most of it padding."""
+    """It is one graph: AP and Rank & Sort make room for every logit, most of it padding."""
     logits, targets = draw(20)
     targets = marks_of(loss, targets)
     errors = torch.linspace(0.1, 0.9, 20, device=DEVICE)
@@ -897,7 +897,7 @@ def test_compiles(loss):
 
 
 def test_runs_without_triton():
-    """In a process of its own: nothing on the way imports it."""
+    """It runs in a process of its own: nothing on the way imports it."""
     code = """
 import sys
 sys.modules["triton"] = None  # any import of it raises

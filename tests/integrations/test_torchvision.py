@@ -141,7 +141,7 @@ def test_anchor_targets_ignore_and_match_per_image():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
 @pytest.mark.parametrize("of_matches", [torch.int32, torch.int64])
 def test_anchor_targets_of_any_integers(dtype, of_matches):
-    """Not -100 and -1 wrapped around, which would be classes."""
+    """-100 and -1 are not wrapped around, which would be classes."""
     targets = [{"labels": torch.tensor([7, 3], dtype=dtype)}, {"labels": torch.tensor([])}]
     matched = [torch.tensor([1, -1, 0, -2], dtype=of_matches), torch.tensor([-1, -2])]
     classes = anchor_targets(targets, matched, 200)

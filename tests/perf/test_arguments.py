@@ -135,7 +135,7 @@ def test_no_wrong_value_is_accepted(command, action, capsys, place):
 
 @pytest.mark.parametrize(("command", "action"), OPTIONS)
 def test_right_values_are_accepted(command, action, monkeypatch):
-    """So that what is refused above is refused for its value."""
+    """This shows that what is refused above is refused for its value."""
     module = load(command)
     (option,) = action.option_strings
     if action.nargs == 0:
@@ -221,7 +221,7 @@ def test_a_folder_without_the_right_to_write(command, capsys, place):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_where_a_file_is_written(command, capsys, place):
-    """And a link that leads nowhere; files that can be replaced are left as they are."""
+    """A link that leads nowhere is refused too; files that can be replaced are left as they are."""
     out, names = begin(command, "--out", "folder/out")
     assert len(names) >= 2
     assert list(out.iterdir()) == []

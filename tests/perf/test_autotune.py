@@ -411,7 +411,7 @@ def test_occupancy():
 
 
 def test_dry_run_command(tmp_path):
-    """In a process of its own, since nothing compiles under TRITON_INTERPRET; two candidates."""
+    """It runs in a process of its own, since nothing compiles under TRITON_INTERPRET."""
     code = (
         "from pathlib import Path; from perf.autotune import dry_run\n"
         "grids = {'count': ({'count_rows': (4,)},), 'gradient': ({'gradient_rows': (4, 8)},)}\n"

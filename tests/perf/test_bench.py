@@ -67,7 +67,7 @@ PLANTED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_wrong_variant_gets_no_time(what, dtype, tmp_path):
-    """Also where the error is below what one rounding in bfloat16 may leave."""
+    """This holds where the error is below what one rounding in bfloat16 may leave, too."""
     cell = TINY._replace(dtype=dtype)
     report = fill(cell, 2, (OURS, "published loop"), planted=PLANTED[what])
     rows = by_name(report)
@@ -314,7 +314,7 @@ def found(what="times faster than a rival", least=4.0, reached=False):
     ],
 )
 def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, capsys, monkeypatch):
-    """After everything is written and printed, in the last lines."""
+    """The last lines say so, after everything is written and printed."""
     monkeypatch.setattr(command, "retinanet_call", lambda images, device: CALL)
     monkeypatch.setattr(command, "VARIANTS", {OURS: VARIANTS[OURS]})
     monkeypatch.setattr(command, "judge", lambda rows, standard: goals)
@@ -470,7 +470,7 @@ PASSES = {"init": 220, "mid": 220, "late": 25, "spread": 220}
 @pytest.mark.parametrize("delta", [1.0, 0.0])
 @pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
 def test_a_call_takes_few_operators_and_passes(distribution, delta):
-    """With ten times as many positives hardly more of both."""
+    """Ten times as many positives take hardly more of both."""
     cell = Cell(400_000, 500, distribution, delta=delta)
     operators, passes = work(OURS, workloads.draw(cell, CPU))
     assert operators < 1200

@@ -114,7 +114,7 @@ def test_fewer_times_than_prices_are_no_fit():
 
 
 def test_the_first_calls_tell_every_price():
-    """So that whatever is cut for time, what was measured is of use."""
+    """Whatever is cut for time, what was measured is of use."""
     found = fit(timed(TRUE)[:5])
     for prices, true in zip(found, TRUE, strict=True):
         assert prices == pytest.approx(true, rel=1e-4)
