@@ -53,7 +53,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the metrics when they are asked for: torchmetrics, if there, is slow to import."""
+    """Load the metrics when they are asked for: torchmetrics, if there, is slow to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import metrics

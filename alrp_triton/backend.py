@@ -37,7 +37,7 @@ _OLDEST_INTERPRETER = 3, 8  # older ones take NaN for the larger number, which n
 
 
 def _is_too_old(package: str, oldest: tuple[int, int]) -> bool:
-    """Whether the installed one is older; not if nobody knows its version."""
+    """Return whether the installed package is older; False if nobody knows its version."""
     try:
         major, minor = importlib.metadata.version(package).split(".")[:2]
         return (int(major), int(minor)) < oldest
@@ -53,7 +53,7 @@ _INTERPRETS = _HAS_TRITON and not _is_too_old("triton", _OLDEST_INTERPRETER)
 
 
 def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
-    """Sets what "auto" means, once for a program.
+    """Set what "auto" means, once for a program.
 
     Args:
         impl: "torch" (any device), "triton" (CUDA or ROCm tensors), or "auto" to choose by the
@@ -77,7 +77,7 @@ def set_backend(impl: str = "auto", algorithm: str = "auto") -> None:
 
 
 def check_backend(impl: str, algorithm: str) -> None:
-    """Raises TypeError if one is no name, ValueError if a name is unknown."""
+    """Raise TypeError if one is no name, ValueError if a name is unknown."""
     for name, given, known in (("impl", impl, IMPLS), ("algorithm", algorithm, ALGORITHMS)):
         if not isinstance(given, str):
             raise TypeError(
@@ -88,7 +88,7 @@ def check_backend(impl: str, algorithm: str) -> None:
 
 
 def choose_impl(impl: str, device: torch.device) -> str:
-    """The backend, "triton" or "torch", for tensors on `device`.
+    """Return the backend, "triton" or "torch", for tensors on `device`.
 
     Only "auto" looks at the device. What is asked for by name stays so: `load_kernels` raises if it
     cannot run.
@@ -100,7 +100,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
 
 
 def explain(device: torch.device) -> str:
-    """What "auto" runs on tensors of a device, and why, in a line."""
+    """Say what "auto" runs on tensors of a device, and why, in a line."""
     impl = choose_impl("auto", device)
     if _program["impl"] != "auto":
         return f"auto: {impl}, as set_backend says"
@@ -115,7 +115,7 @@ def explain(device: torch.device) -> str:
 
 
 def load_kernels(name: str, device: torch.device) -> ModuleType:
-    """The module `name` of `alrp_triton.kernels`; triton is imported here and nowhere else.
+    """Return the module `name` of `alrp_triton.kernels`; nowhere else is triton imported.
 
     Raises:
         RuntimeError: if its kernels cannot run on tensors of `device`.
@@ -137,7 +137,7 @@ def load_kernels(name: str, device: torch.device) -> ModuleType:
 
 
 def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) -> ModuleType:
-    """The module whose `count` and `gradient` run; the choice is made here and nowhere else.
+    """Return the module whose `count` and `gradient` run; the choice is made nowhere else.
 
     In torch, "auto" is breakpoints, whose cost hardly grows with the positives. The kernels have
     both: pairwise is cheaper where there are few positives or few logits (`kernels.costs`).
@@ -156,5 +156,5 @@ def select(impl: str, algorithm: str, logits: Sequence[Tensor], scores: Tensor) 
 
 
 def of_program(name: str, given: str) -> str:
-    """What was asked for, in the call or else for the whole program."""
+    """Return what was asked for, in the call or else for the whole program."""
     return _program[name] if given == "auto" else given

@@ -48,19 +48,24 @@ class Errors(NamedTuple):
 
 
 def ap_errors(counts: Counts) -> Errors:
-    """AP Loss, Eq. 2: l = NFP / rank, the missing precision; l* = 0."""
+    """Return the errors of AP Loss, Eq. 2: l = NFP / rank, the missing precision; l* = 0."""
     return Errors(counts.nfp / counts.rank, 0.0, counts.num_positives)
 
 
 def alrp_errors(counts: Counts) -> Errors:
-    """aLRP Loss, Eq. 10, with values = Eloc: l = (NFP + Eloc + S) / rank; l* = Eloc / rank."""
+    """Return the errors of aLRP Loss, Eq. 10: l = (NFP + Eloc + S) / rank; l* = Eloc / rank.
+
+    The values are Eloc.
+    """
     rank = counts.rank
     own = counts.values / rank
     return Errors((counts.nfp + counts.value_sum) / rank + own, own, counts.num_positives)
 
 
 def ndcg_errors(counts: Counts) -> Errors:
-    """NDCG Loss, binary relevance: l = Gmax/|P| - 1/log2(1 + rank), l* the same at rank+; Z = Gmax.
+    """Return the errors of NDCG Loss with binary relevance.
+
+    l = Gmax/|P| - 1/log2(1 + rank), l* is the same at rank+, and Z = Gmax.
 
     Gmax is the sum of the discounts 1/log2(1 + r) of the first |P| ranks r.
     """
@@ -75,9 +80,10 @@ def _discount(rank: Tensor) -> Tensor:
 
 
 def sorting_errors(counts: Counts, sorting: SortingCounts) -> Errors:
-    """The sorting error of Rank & Sort, with values = 1 - q: l is their mean over i and the
-    positives above it, l* the mean over those of them with q_k >= q_i. (Its ranking error is that
-    of AP Loss.)
+    """Return the sorting error of Rank & Sort, with values = 1 - q.
+
+    l is their mean over i and the positives above it, l* the mean over those of them with
+    q_k >= q_i. (Its ranking error is that of AP Loss.)
     """
     current = (counts.values + counts.value_sum) / counts.rank_positive
     current = torch.add(current, counts.nfp, alpha=0)  # NaN, if it is: a negative was no number

@@ -78,7 +78,7 @@ class _RankingLoss(nn.Module):
         self.algorithm = algorithm
 
     def extra_repr(self) -> str:
-        """What repr() shows."""
+        """Return what repr() shows."""
         return f"delta={self.delta}"
 
 
@@ -146,7 +146,7 @@ class ALRPLoss(_RankingLoss):
         positives: Tensor | None = None,
         groups: LogitsOrLevels | None = None,
     ) -> ALRPOutput:
-        """Loss of one batch.
+        """Return the loss of one batch.
 
         Args:
             logits: as in `alrp_loss`; so are the next three.
@@ -180,7 +180,7 @@ class ALRPLoss(_RankingLoss):
         raise RuntimeError("ALRPLoss: TorchScript cannot compile it, call it outside")
 
     def _balance(self, cls: Tensor, loc: Tensor, num_positives: int) -> Tensor:
-        """The weight of loc in this iteration, which is counted."""
+        """Return the weight of loc in this iteration, and count the iteration."""
         if self.balance is None:
             return torch.ones_like(loc)
         if recomputes() and self._weight is not None:
@@ -193,7 +193,7 @@ class ALRPLoss(_RankingLoss):
         return weight
 
     def extra_repr(self) -> str:
-        """What repr() shows."""
+        """Return what repr() shows."""
         return f"delta={self.delta}, box_loss={self.box_loss!r}, tau={self.tau}"
 
 
@@ -209,7 +209,7 @@ class _ScalarLoss(_RankingLoss):
         positives: Tensor | None = None,
         groups: LogitsOrLevels | None = None,
     ) -> Tensor:
-        """The loss of one batch, a scalar; arguments as in `ap_loss`."""
+        """Return the loss of one batch, a scalar; arguments as in `ap_loss`."""
         if not torch.jit.is_scripting():
             return self.function(
                 logits,
@@ -280,7 +280,7 @@ class RankSortLoss(_RankingLoss):
         positives: Tensor | None = None,
         groups: LogitsOrLevels | None = None,
     ) -> RankSortOutput:
-        """The loss of one batch and its parts; arguments as in `rank_sort_loss`."""
+        """Return the loss of one batch and its parts; arguments as in `rank_sort_loss`."""
         if not torch.jit.is_scripting():
             ranking, sorting = rank_sort_loss(
                 logits,

@@ -71,7 +71,7 @@ def match_detections(
     max_detections: int = 100,
     area: tuple[float, float] = (0.0, math.inf),
 ) -> Matches:
-    """Matches detections to ground truth, image by image and class by class, as COCO does.
+    """Match detections to ground truth, image by image and class by class, as COCO does.
 
     In descending order of score each detection takes, of the ground truths that are still free and
     with which it has an IoU of at least tau, the one with the highest IoU (the later of equal
@@ -118,7 +118,7 @@ def match_detections(
 def find_candidates(
     detections: Detections, truths: Truths, tau: float, max_detections: int
 ) -> Candidates:
-    """All pairs within an image and class that reach an IoU of tau."""
+    """Find all pairs within an image and class that reach an IoU of tau."""
     groups, truth_groups = _groups(detections, truths)
     order = sort_within(detections.scores, groups, descending=True)
     sorted_groups = groups[order]
@@ -144,7 +144,7 @@ def find_candidates(
 
 
 def assign(candidates: Candidates, area: tuple[float, float]) -> Matches:
-    """What becomes of the detections, where ground truth of this range of areas is to be found."""
+    """Tell what becomes of the detections where ground truth of this range of areas is wanted."""
     detections, truths, order = candidates.detections, candidates.truths, candidates.order
     least, largest = area
     ignored = truths.crowds | (truths.areas < least) | (truths.areas > largest)
@@ -164,7 +164,7 @@ def assign(candidates: Candidates, area: tuple[float, float]) -> Matches:
 
 
 def _take(candidates: Candidates, ignored: Tensor) -> Tensor:
-    """Which of the pairs are taken: a step for each rank, over all images and classes."""
+    """Return which of the pairs are taken: a step for each rank, over all images and classes."""
     truths, ranks = candidates.truths, candidates.ranks
     # By rank, then by detection, then what is to be found before what is not; then best first.
     key = ranks[candidates.detection] * len(ranks) + candidates.detection
@@ -183,7 +183,7 @@ def _take(candidates: Candidates, ignored: Tensor) -> Tensor:
 
 
 def _groups(detections: Detections, truths: Truths) -> tuple[Tensor, Tensor]:
-    """A number for each detection and each ground truth: the same for the same image and class."""
+    """Number each detection and each ground truth: alike for the same image and class."""
     labels = torch.cat([detections.labels, truths.labels])
     values, classes = labels.unique(return_inverse=True)
     images = torch.cat(
@@ -197,7 +197,7 @@ def _groups(detections: Detections, truths: Truths) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(first: Tensor, number: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(i, first[i] + n) for all n < number[i], ascending, in parts; at least one part."""
+    """Yield (i, first[i] + n) for all n < number[i], ascending, in parts; at least one part."""
     ends = number.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
     cuts = ends.new_tensor(range(PAIRS_AT_ONCE, total, PAIRS_AT_ONCE))
@@ -211,7 +211,10 @@ def _pairs(first: Tensor, number: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _ious(boxes: Tensor, truths: Tensor, crowds: Tensor) -> Tensor:
-    """IoU of each of (M, 4) boxes with its ground truth; with a crowd, intersection over box."""
+    """Return the IoU of each of (M, 4) boxes with its ground truth.
+
+    With a crowd it is the intersection over the box.
+    """
     low = torch.maximum(boxes[:, :2], truths[:, :2])
     high = torch.minimum(boxes[:, 2:], truths[:, 2:])
     inter = _areas(torch.cat([low, high], 1))
@@ -225,7 +228,7 @@ def _areas(boxes: Tensor) -> Tensor:
 
 
 def sort_within(values: Tensor, groups: Tensor, descending: bool = False) -> Tensor:
-    """The order that sorts by group, and by value within a group, keeping that of equal ones."""
+    """Return the order that sorts by group, and by value within, keeping that of equal ones."""
     order = _sort(values, descending)
     return order[_sort(groups[order])]
 
@@ -239,7 +242,7 @@ def _positions(values: Tensor) -> Tensor:
 
 
 def starts(values: Tensor) -> Tensor:
-    """True where a run of equal values starts."""
+    """Return True where a run of equal values starts."""
     starts = torch.ones_like(values, dtype=torch.bool)
     starts[1:] = values[1:] != values[:-1]
     return starts
@@ -267,7 +270,7 @@ LARGEST = 2.0**500  # of a coordinate: areas and their sums stay finite
 
 
 def nothing(device: torch.device) -> tuple[Detections, Truths]:
-    """What there is of no images."""
+    """Return what there is of no images."""
     boxes, none = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((0, 4), 0))
     integers = none.long()
     return (
@@ -277,14 +280,14 @@ def nothing(device: torch.device) -> tuple[Detections, Truths]:
 
 
 def home(device: torch.device) -> torch.device:
-    """The device, or the CPU in place of one that has no float64, or no numbers at all."""
+    """Return the device, or the CPU in place of one that has no float64, or no numbers at all."""
     return torch.device("cpu") if device.type in ("mps", "meta") else device
 
 
 def gather(
     preds: Sequence[Image], target: Sequence[Image], device: torch.device | None = None
 ) -> tuple[Detections, Truths]:
-    """One tensor of each field for all images, on `device`, else on that of the boxes.
+    """Put each field of all images into one tensor, on `device`, else on that of the boxes.
 
     Raises TypeError or ValueError for what `match_detections` cannot take. Waits for the device
     once, however many images there are. Areas are those of the boxes where none are given, and
@@ -324,7 +327,7 @@ def _given(images: Sequence[Image], key: str, otherwise: Sequence[Tensor]) -> li
 
 
 def _cat(parts: Sequence[Tensor], empty: Tensor) -> Tensor:
-    """All parts as one tensor with the dtype and on the device of `empty`."""
+    """Join all parts to one tensor with the dtype and on the device of `empty`."""
     parts = [_plain(part) for part in parts if part.numel()]
     if not parts:
         return empty
@@ -343,7 +346,7 @@ def _converted(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _corners(boxes: Tensor) -> Tensor:
-    """(x1, y1, x2, y2), where the boxes carry another format."""
+    """Return (x1, y1, x2, y2), where the boxes may carry another format."""
     form = format_of(boxes)
     if form == "XYXY" or not boxes.numel():
         return boxes
@@ -352,7 +355,7 @@ def _corners(boxes: Tensor) -> Tensor:
 
 
 def _check_images(preds: Sequence[Image], target: Sequence[Image]) -> torch.device:
-    """The device of all boxes. Raises for what can be known without waiting for it."""
+    """Return the device of all boxes. Raise for what can be known without waiting for it."""
     for name, images in (("preds", preds), ("target", target)):
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
             raise TypeError(f"{name}: expected a list of dicts, got {_kind(images)}")
@@ -410,7 +413,7 @@ def _check_boxes(field: str, boxes: Tensor) -> None:
 
 
 def check_tensor(field: str, values: Any, key: str) -> None:
-    """Raises TypeError, by the name `field`, unless it is a tensor that `key` may be."""
+    """Raise TypeError, by the name `field`, unless it is a tensor that `key` may be."""
     kind, dtypes = _KINDS[key]
     dense = isinstance(values, Tensor) and values.layout == torch.strided and not values.is_nested
     if not dense or (values.numel() and values.dtype not in dtypes):
@@ -418,7 +421,7 @@ def check_tensor(field: str, values: Any, key: str) -> None:
 
 
 def _check_values(found: Detections, truths: Truths, crowds: Tensor) -> None:
-    """Raises ValueError, by image and box, for numbers that mean nothing; waits for the device."""
+    """Raise ValueError, by image and box, for numbers that mean nothing; wait for the device."""
     finite, corners = "finite numbers up to 2^500", "corners with x1 <= x2 and y1 <= y2"
     wrong = [
         ("preds", "boxes", finite, found.boxes, ~_are_finite(found.boxes)),
@@ -455,7 +458,7 @@ def _are_areas(truths: Truths) -> Tensor:
 
 
 def _kind(value: Any) -> str:
-    """What an error says that came."""
+    """Return what an error says that came."""
     if not isinstance(value, Tensor):
         return "None" if value is None else type(value).__name__
     if value.is_nested:
@@ -464,7 +467,7 @@ def _kind(value: Any) -> str:
 
 
 def check_tau(tau: float) -> float:
-    """The IoU as a float. Raises TypeError or ValueError if it is none from which to count."""
+    """Return the IoU as a float. Raise TypeError or ValueError if one cannot count from it."""
     value = _float("tau", tau, "a number in [0, 1)")
     if not 0 <= value < 1:
         raise ValueError(f"tau: expected a number in [0, 1), got {value}")
@@ -472,7 +475,7 @@ def check_tau(tau: float) -> float:
 
 
 def check_max_detections(number: int) -> int:
-    """The number, up to 2^62. Raises TypeError or ValueError if it is none."""
+    """Return the number, up to 2^62. Raise TypeError or ValueError if it is none."""
     expected = "max_detections: expected an integer of at least 1"
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise TypeError(f"{expected}, got {_kind(number)}")
@@ -482,7 +485,7 @@ def check_max_detections(number: int) -> int:
 
 
 def check_area(name: str, area: tuple[float, float]) -> tuple[float, float]:
-    """The range as floats. Raises TypeError or ValueError if it is none."""
+    """Return the range as floats. Raise TypeError or ValueError if it is none."""
     expected = "(least, largest) with 0 <= least <= largest"
     if not isinstance(area, (tuple, list)):
         raise TypeError(f"{name}: expected {expected}, got {_kind(area)}")

@@ -175,7 +175,7 @@ class LRP(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, preds: Sequence[Image], target: Sequence[Image]) -> None:
-        """Adds detections and ground truth of some images, given as in `match_detections`.
+        """Add detections and ground truth of some images, given as in `match_detections`.
 
         Each image once, with all that was found in it, also those in which nothing was: what they
         have is missed, and counts.
@@ -184,7 +184,7 @@ class LRP(Metric):
         self._append((*found, *truths))
 
     def compute(self) -> dict[str, Tensor]:
-        """The metric over all images since the last `reset()`: see Returns of the class."""
+        """Return the metric over all images since the last `reset()`: see Returns of the class."""
         empty = [none for part in nothing(home(self.device)) for none in part]
         states = [_joined(*pair) for pair in zip(self._states().values(), empty, strict=True)]
         found = Detections(*states[: len(Detections._fields)])
@@ -202,30 +202,30 @@ class LRP(Metric):
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Adds a batch and returns the metric of this batch alone."""
+        """Add a batch and return the metric of this batch alone."""
         with self._unchanged_by_errors():
             return super().forward(*args, **kwargs)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gathers the images of all ranks (torchmetrics), also where this one has none."""
+        """Gather the images of all ranks (torchmetrics), also where this one has none."""
         if all(isinstance(parts, list) and not parts for parts in self._states().values()):
             found, truths = nothing(home(self.device))
             self._append((*found, *truths))
         super().sync(*args, **kwargs)
 
     def merge_state(self, *args: Any, **kwargs: Any) -> None:
-        """Adds the images of another metric (torchmetrics), of any device."""
+        """Add the images of another metric (torchmetrics), of any device."""
         with self._unchanged_by_errors():
             super().merge_state(*args, **kwargs)
             self._place(self._states())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Moves what is loaded, if torchmetrics was told to save the states, to the metric."""
+        """Move what is loaded, if torchmetrics was told to save the states, to the metric."""
         super()._load_from_state_dict(*args, **kwargs)
         self._place(self._states())
 
     def _wrap_compute(self, compute: Callable) -> Callable:
-        """Keeps (1,) for a single class, of which torchmetrics would make ()."""
+        """Keep (1,) for a single class, of which torchmetrics would make ()."""
         wrapped = super()._wrap_compute(compute)
 
         @functools.wraps(compute)
@@ -237,7 +237,7 @@ class LRP(Metric):
         return shaped
 
     def _apply(self, fn: Callable, *_: Any, **__: Any) -> LRP:
-        """Moves the states along, but casts none: float64 is what the sums are exact in."""
+        """Move the states along, but cast none: float64 is what the sums are exact in."""
         states = self._states()
         with self._unchanged_by_errors():
             self._place(dict.fromkeys(states, ()))
@@ -247,7 +247,7 @@ class LRP(Metric):
         return self
 
     def _states(self) -> dict[str, Any]:
-        """Lists of tensors, or one tensor each after torchmetrics gathered them."""
+        """Return lists of tensors, or one tensor each after torchmetrics gathered them."""
         return {name: getattr(self, name) for name in _STATES}
 
     def _append(self, states: Iterable[Tensor]) -> None:
@@ -255,7 +255,7 @@ class LRP(Metric):
             parts.append(values)
 
     def _place(self, states: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
-        """Takes these for its states, moved to where the metric is."""
+        """Take these for the metric's states, moved to where it is."""
         device = home(self.device)
         for name, parts in states.items():
             if isinstance(parts, Tensor):
@@ -279,7 +279,10 @@ class LRP(Metric):
 
 
 def _check_areas(areas: Any) -> dict[str, tuple[float, float]]:
-    """The ranges of areas by name. Raises TypeError or ValueError, also where results clash."""
+    """Return the ranges of areas by name.
+
+    Raise TypeError or ValueError if one is none, or if results clash.
+    """
     expected = "areas: expected a dict of name: (least, largest)"
     if areas is None:
         return {}
@@ -308,7 +311,10 @@ def _result_name(kind: str, area: str) -> str:
 
 
 def optimal_lrp(matches: Matches, classes: Tensor, tau: float) -> dict[str, Tensor]:
-    """oLRP, its components and thresholds of each class, (C,) float64; `classes` ascending."""
+    """Return oLRP, its components and thresholds of each class, (C,) float64.
+
+    `classes` are ascending.
+    """
     device, num_classes = classes.device, len(classes)
     truth_classes = torch.searchsorted(classes, matches.truth_labels[matches.counted])
     positives = torch.bincount(truth_classes, minlength=num_classes)
@@ -356,14 +362,16 @@ def _joined(parts: Tensor | list[Tensor], empty: Tensor) -> Tensor:
 
 
 def _cumsum_within(values: Tensor, groups: Tensor) -> Tensor:
-    """Running sums of integers that begin anew where `groups`, ascending, changes; float64."""
+    """Return running sums of integers, in float64, for each run of ascending `groups`."""
     sums = values.cumsum(0)
     first = torch.searchsorted(groups, groups)
     return (sums - (sums - values)[first]).double()
 
 
 def score_iou_correlation(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
-    """rho of Tables 2 and 5: Pearson's correlation of the ranks of scores and IoUs, class by class.
+    """Return rho of Tables 2 and 5.
+
+    It is Pearson's correlation of the ranks of scores and IoUs, class by class.
 
     This is Spearman's rank correlation; equal values share their mean rank. Over which detections
     the paper takes it is not said; the true positives at IoU 0.5 of `match_detections` are meant
@@ -406,7 +414,7 @@ def score_iou_correlation(scores: Tensor, ious: Tensor, labels: Tensor | None = 
 
 
 def upper_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The same scores, given to the true positives of each class in the order of their IoUs.
+    """Give the same scores to the true positives of each class in the order of their IoUs.
 
     The upper bound of Table 5: localisation ranks exactly as classification does, rho is 1. True
     and false positives stand where they stood, so AP at the IoU of the matching stays what it was,
@@ -431,7 +439,7 @@ def upper_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = Non
 
 
 def lower_bound_scores(scores: Tensor, ious: Tensor, labels: Tensor | None = None) -> Tensor:
-    """The same scores, given to the true positives of each class against the order of their IoUs.
+    """Give the same scores to the true positives of each class against the order of their IoUs.
 
     The lower bound of Table 5: localisation ranks inversely to classification, rho is -1. Arguments
     and result as in `upper_bound_scores`.
@@ -453,7 +461,7 @@ def _reordered(scores: Tensor, ious: Tensor, labels: Tensor | None, descending: 
 
 
 def _centred_ranks(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Twice the rank of each value within its class, less the mean: integers, int64."""
+    """Return twice the rank of each value within its class, less the mean: integers, int64."""
     order = sort_within(values, classes)
     values, sorted_classes = values[order], classes[order]
     new = starts(values) | starts(sorted_classes)
@@ -469,7 +477,7 @@ def _centred_ranks(values: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def _check_scored(scores: Tensor, ious: Tensor, labels: Tensor | None) -> tuple[Tensor, int]:
-    """The index of each class among those that occur, and their number; checks all three."""
+    """Return the index of each class among those that occur, and their number; check all three."""
     given = {"scores": scores, "ious": ious} | ({} if labels is None else {"labels": labels})
     for name, values in given.items():
         kind = "labels" if name == "labels" else "scores"

@@ -63,7 +63,7 @@ class SelfBalance(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begins anew, with the initial weight."""
+        """Begin anew, with the initial weight."""
         _write(self._weight, torch.full_like(self.weight, self.initial))
         self._sums.zero_()
         self.iterations.zero_()
@@ -91,13 +91,16 @@ class SelfBalance(nn.Module):
         self._sums = _to_bits(value)
 
     def weight_of(self, loc: Tensor) -> Tensor:
-        """A copy of the weight for loc, in its dtype, on its device, where the statistics move."""
+        """Return a copy of the weight for loc, in its dtype, on its device.
+
+        The statistics move to that device.
+        """
         self._follow(loc.device)
         return self.weight.to(loc.device, loc.dtype, copy=True)
 
     @torch.no_grad()
     def update(self, cls: Tensor, loc: Tensor, num_positives: int = 1) -> None:
-        """Adds one iteration: its cls and loc (scalars), and how many positives it had.
+        """Add one iteration: its cls and loc (scalars), and how many positives it had.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
@@ -122,7 +125,7 @@ class SelfBalance(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Ends an epoch: the weight becomes the ratio of what was summed since the last one.
+        """End an epoch: the weight becomes the ratio of what was summed since the last one.
 
         It stays as it was if nothing was localised, and warns once if no positive was ever seen.
         """
@@ -148,7 +151,7 @@ class SelfBalance(nn.Module):
         )
 
     def _follow(self, device: torch.device) -> None:
-        """Moves to the losses: from another device each iteration would wait for a copy."""
+        """Move to the losses: from another device each iteration would wait for a copy."""
         if self._sums.device == device or torch.compiler.is_compiling():
             return
         with torch.inference_mode(False):  # tensors made in that mode could not be updated later
@@ -172,7 +175,7 @@ class SelfBalance(nn.Module):
         return self
 
     def _saved(self) -> dict[str, Any]:
-        """What `state_dict` holds: the buffers, the numbers among them as float64."""
+        """Return what `state_dict` holds: the buffers, the numbers among them as float64."""
         weight, sums = _to_float64(self._weight), _to_float64(self._sums)
         return {"weight": weight, "sums": sums, "iterations": self.iterations}
 
@@ -199,12 +202,12 @@ class SelfBalance(nn.Module):
             # Else it was written into a view of the bits.
 
     def extra_repr(self) -> str:
-        """What repr() shows."""
+        """Return what repr() shows."""
         return f"period={self.period}"
 
 
 def recomputes() -> bool:
-    """Whether a checkpoint (`use_reentrant=False`) runs a forward pass again, within backward.
+    """Return whether a checkpoint (`use_reentrant=False`) runs a forward pass again, in backward.
 
     The iteration was counted the first time. With `use_reentrant=True` it was not, since that first
     runs without gradients. The innermost of both decides; torch tells it nowhere but on the stack.
@@ -222,7 +225,10 @@ _CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 def lacks_float64(device: torch.device) -> bool:
-    """Whether numbers are held there as pairs of float32, the second what the first rounds away."""
+    """Return whether a device holds numbers as pairs of float32.
+
+    The second of a pair is what the first rounds away.
+    """
     return device.type == "mps"
 
 
@@ -231,12 +237,12 @@ def _pairs(bits: Tensor) -> Tensor:
 
 
 def _read(bits: Tensor) -> Tensor:
-    """The numbers, as a view where there is float64."""
+    """Return the numbers, as a view where there is float64."""
     return _pairs(bits).sum(-1) if lacks_float64(bits.device) else bits.view(torch.float64)
 
 
 def _write(bits: Tensor, numbers: Tensor) -> None:
-    """Writes numbers of the dtype that `_read` gives."""
+    """Write numbers of the dtype that `_read` gives."""
     if not lacks_float64(bits.device):
         bits.view(torch.float64).copy_(numbers)
         return
@@ -258,12 +264,12 @@ def _add(bits: Tensor, numbers: Tensor) -> None:
 
 
 def _to_float64(bits: Tensor) -> Tensor:
-    """The numbers, exactly: those of a device without float64 on the CPU."""
+    """Return the numbers, exactly: those of a device without float64 on the CPU."""
     return _pairs(bits.cpu()).double().sum(-1) if lacks_float64(bits.device) else _read(bits)
 
 
 def _to_bits(numbers: Tensor, device: torch.device | None = None) -> Tensor:
-    """What holds these numbers on the device, by default their own."""
+    """Return what holds these numbers on the device, by default their own."""
     device = numbers.device if device is None else device
     if not lacks_float64(device):
         return numbers.to(device, torch.float64).view(torch.int64)

@@ -38,14 +38,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def read(self, option: str, reader: Callable[..., T], *given: Any) -> T:
-        """What `reader` makes of what was given; whatever it raises is an error of the option."""
+        """Return what `reader` makes of what was given.
+
+        Whatever it raises ends the command as an error of the option.
+        """
         try:
             return reader(*given)
         except Exception as error:
             self.error(f"argument {option}: {_first_line(error)}")
 
     def prepare(self, folder: Path, names: Iterable[str], option: str = "--out") -> None:
-        """Makes a folder and tries every file that will be written in it; leaves the files alone.
+        """Make a folder and try every file that will be written in it; leave the files alone.
 
         Where that fails, no folder is left behind either.
         """
@@ -83,30 +86,30 @@ class Each(argparse.Action):
 
 
 def times(text: str) -> int:
-    """How often something is done."""
+    """Read how often something is done."""
     return _number(text, int, 1, _MOST_TIMES, f"a whole number from 1 to {_MOST_TIMES:,}")
 
 
 def seed(text: str) -> int:
-    """A seed that torch and NumPy both take."""
+    """Read a seed that torch and NumPy both take."""
     return _number(text, int, 0, 2**32 - 1, "a whole number from 0 to 2^32 - 1")
 
 
 def minutes(text: str) -> float:
-    """More than none, and at most a week."""
+    """Read a number of minutes: more than none, and at most a week."""
     least = sys.float_info.min
     return _number(text, float, least, _MOST_MINUTES, f"a number above 0, up to {_MOST_MINUTES:,}")
 
 
 def name(text: str) -> str:
-    """Of a file, without its suffix and without a folder."""
+    """Read the name of a file, without its suffix and without a folder."""
     if text in ("", ".", "..") or text.isspace() or not text.isprintable() or set(text) & {*"/\\"}:
         _refuse("the name of a file, without a folder", text)
     return text
 
 
 def folder(text: str) -> Path:
-    """A folder, which need not be there yet."""
+    """Read the path of a folder, which need not be there yet."""
     path = _path(text, "a folder")
     if os.path.lexists(path) and not path.is_dir():
         _refuse("a folder", text)
@@ -114,7 +117,7 @@ def folder(text: str) -> Path:
 
 
 def existing_folder(text: str) -> Path:
-    """A folder that is read."""
+    """Read the path of a folder that is there."""
     path = _path(text, "a folder")
     if not os.path.isdir(path):
         _refuse("a folder that exists", text)
@@ -122,7 +125,7 @@ def existing_folder(text: str) -> Path:
 
 
 def existing_file(text: str) -> Path:
-    """A file that is read."""
+    """Read the path of a file that is there and can be read."""
     path = _path(text, "a file")
     if not os.path.isfile(path):
         _refuse("a file that exists", text)
@@ -132,7 +135,7 @@ def existing_file(text: str) -> Path:
 
 
 def device(text: str) -> torch.device:
-    """The CPU, or a GPU that is there."""
+    """Read a device: the CPU, or a GPU that is there."""
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -157,7 +160,7 @@ def _number(text: str, kind: Callable[[str], T], least: T, most: T, expected: st
 
 
 def _path(text: str, expected: str) -> Path:
-    """A path that can be shown; neither empty nor blank, as an unset variable leaves it."""
+    """Read a path that can be shown; refuse it empty or blank, as an unset variable leaves it."""
     if not text.strip() or any(unicodedata.category(x) in ("Cc", "Cs") for x in text):
         _refuse(expected, text)
     return Path(text)
@@ -188,7 +191,7 @@ def _try_to_write(path: Path) -> None:
 
 @contextmanager
 def importing(extra: str) -> Iterator[None]:
-    """Exits with a hint, in a line, where an import of the block fails."""
+    """Exit with a hint, in a line, where an import of the block fails."""
     try:
         yield
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch

@@ -10,7 +10,7 @@ _LINES = 10  # without tqdm, about how many of them
 
 
 def bar(items: Iterable[T], name: str, total: int, shown: bool = True) -> Iterable[T]:
-    """The items, with a display of how many of `total` are done."""
+    """Yield the items, with a display of how many of `total` are done."""
     if not shown:
         return items
     try:

@@ -8,7 +8,7 @@ import torch
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A Markdown table of cells, the first row its head, with columns as wide as their cells."""
+    """Make a Markdown table, its columns as wide as their cells; the first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
@@ -16,7 +16,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def machine() -> dict:
-    """What ran it: versions, processor, threads, GPU."""
+    """Describe what ran it: versions, processor, threads, GPU."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -27,10 +27,10 @@ def machine() -> dict:
 
 
 def facts(settings: dict) -> str:
-    """Settings and machine in a line."""
+    """Format settings and machine in a line."""
     return ", ".join(f"{key} {value}" for key, value in {**settings, **machine()}.items())
 
 
 def significant(ratio: float) -> str:
-    """With three decimals, or two digits where that would be none or needless many."""
+    """Format with three decimals, or two digits where that would be none or needless many."""
     return f"{ratio:.3f}" if 0.0995 <= ratio < 100 else f"{ratio:.2g}"

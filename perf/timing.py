@@ -40,7 +40,7 @@ def interleave(
     warmup: int = 1,
     until: float | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, round by round; every call runs once a round, in an order drawn anew.
+    """Time each call, round by round; every call runs once a round, in an order drawn anew.
 
     What ran before leaves caches and free memory behind: in a fixed order, the same code took up to
     twice as long in one place as in another.
@@ -93,7 +93,7 @@ def _gpu_round(calls: Mapping[str, Callable[[], object]], device: torch.device) 
 
 
 def keep_freed_memory() -> bool:
-    """Has the process keep freed memory for its next call, from now on; whether it will.
+    """Have the process keep freed memory for its next call, from now on; return whether it will.
 
     So a GPU's caching allocator does. glibc gives large blocks back to the system instead, or not:
     whether a call has to fetch its gradient anew, page by page, then depends on what the call
@@ -104,7 +104,7 @@ def keep_freed_memory() -> bool:
 
 
 def _allocator(function: str) -> Callable[..., int] | None:
-    """A function of glibc's allocator, if it is in use."""
+    """Return a function of glibc's allocator, if it is in use."""
     try:
         return getattr(ctypes.CDLL(None), function)
     except (AttributeError, OSError, TypeError):
@@ -112,7 +112,10 @@ def _allocator(function: str) -> Callable[..., int] | None:
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 10) -> float:
-    """Bytes a second that a copy of `size` bytes reads and writes: the floor of every row."""
+    """Return the bytes a second that a copy of `size` bytes reads and writes.
+
+    That is the floor of every row.
+    """
     size = size or _COPIED[device.type]
     source, copy = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     source.random_(0, 256)
@@ -121,10 +124,11 @@ def copy_bandwidth(device: torch.device, size: int | None = None, rounds: int = 
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that a call takes beyond what is held before it; None where nobody tells.
+    """Return the most bytes that a call takes beyond what is held before it.
 
     On a GPU it is what torch's allocator hands out; on a CPU it is the resident memory of the
-    process, which the kernel tells on Linux. Under glibc the process holds no freed pages before.
+    process, which the kernel tells on Linux. It is None where nobody tells. Under glibc the process
+    holds no freed pages before.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -150,7 +154,7 @@ def _resident_peak() -> int:
 
 
 def _processor() -> str:
-    """The name of the CPU; on Linux the platform module knows only its architecture."""
+    """Name the CPU; on Linux the platform module knows only its architecture."""
     try:
         models = Path("/proc/cpuinfo").read_text().split("model name")[1:]
     except OSError:
@@ -160,7 +164,7 @@ def _processor() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a time was measured on: a time means nothing beyond it."""
+    """Describe what a time was measured on: a time means nothing beyond it."""
     result = {
         "device": _processor(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -73,7 +73,7 @@ SLOW = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, and counted as skipped, on a machine without one."""
+    """Skip tests marked `gpu`, and count them as skipped, on a machine without one."""
     folder = Path(__file__).parent
     slow = {folder / name for name in SLOW}
     for item in items:

@@ -24,7 +24,7 @@ DISTRIBUTIONS = {
 def detector_batch(
     distribution: str, anchors: int, classes: int, num_positives: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """float32 logits (anchors, classes), and class indices, -1 background, some ignored."""
+    """Return float32 logits (anchors, classes), and class indices: -1 background, some ignored."""
     generator = torch.Generator().manual_seed(seed)
     negative, positive = DISTRIBUTIONS[distribution]
     logits = torch.randn(anchors, classes, generator=generator)
@@ -63,7 +63,7 @@ def widen(batch: Batch) -> Batch:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest |got - expected| / |expected|, entry by entry; 0 where both are equal."""
+    """Return the largest |got - expected| / |expected|, entry by entry; 0 where both are equal."""
     got, expected = got.detach().double().reshape(-1), expected.detach().double().reshape(-1)
     assert got.shape == expected.shape
     error = (got - expected).abs() / expected.abs()

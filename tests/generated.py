@@ -81,7 +81,7 @@ LOWERED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 @contextmanager
 def lowered(number: int, backend: str) -> Iterator[None]:
-    """With sizes of a backend lowered, chosen by a number."""
+    """Lower the sizes of a backend, chosen by a number."""
     rng = np.random.default_rng(number)
     with pytest.MonkeyPatch.context() as patch:
         for module, names in LOWERED.items():
@@ -92,8 +92,10 @@ def lowered(number: int, backend: str) -> Iterator[None]:
 
 
 def rounding_of(case: Case, impl: str, algorithm: str) -> Rounding:
-    """What a road rounds. u is half a unit of the dtype in which scores are compared, w that of a
-    double, P and N are the numbers of positives and negatives, h an H on its slope.
+    """Bound what a road rounds.
+
+    u is half a unit of the dtype in which scores are compared, w that of a double, P and N are the
+    numbers of positives and negatives, h an H on its slope.
 
     pairwise, torch     x = s_j - s_i rounds by u, x / (2 delta) by u and by another for 2 delta in
                         the dtype, the sum with 1/2 by u / 2; |x / (2 delta)| <= 1/2: 2u, and second
@@ -162,7 +164,10 @@ def rounding_of(case: Case, impl: str, algorithm: str) -> Rounding:
 
 
 def own_errors(counts: Any) -> tuple[Any, Any, Any]:
-    """What nobody has thought of, in torch or numpy: linear over the same, so that D is too."""
+    """Return l, D and Z of a loss nobody has thought of, in torch or numpy.
+
+    They are linear over the same, so that D is too.
+    """
     low = counts.rank + 3
     error = (2 * counts.nfp + counts.values) / low
     return error, counts.value_sum / low, 2 * counts.num_positives + 1
@@ -177,7 +182,7 @@ class Result(NamedTuple):
 
 
 def call(case: Case, impl: str, algorithm: str) -> Result:
-    """The loss that is described, forward and backward."""
+    """Call the loss that is described, forward and backward."""
     leaves = [level.detach().requires_grad_() for level in case.logits]
     given: Any = leaves if len(leaves) > 1 else leaves[0]
     targets: Any = case.targets if len(leaves) > 1 else case.targets[0]
@@ -218,7 +223,7 @@ def _ap_errors(counts: Any) -> tuple[Any, Any, Any]:
 
 
 def expect(case: Case, rounding: Rounding) -> Expected:
-    """What the oracle makes of it."""
+    """Return what the oracle makes of a call."""
     described = case.described
     with np.errstate(all="ignore"):
         if described.loss == "alrp":
@@ -230,7 +235,7 @@ def expect(case: Case, rounding: Rounding) -> Expected:
 
 
 def check(described: Description, impl: str, algorithm: str) -> None:
-    """Holds a call to the oracle."""
+    """Hold a call to the oracle."""
     case = build(described, DEVICE)
     before = [level.clone() for level in case.logits]
     result = call(case, impl, algorithm)
@@ -312,7 +317,7 @@ def hold(
     wanted: Callable[[Description], bool] = lambda _: True,
     number_of_seed: int | None = None,
 ) -> None:
-    """Holds so many drawn calls of a kind to the oracle, on a road.
+    """Hold so many drawn calls of a kind to the oracle, on a road.
 
     Args:
         road: backend and algorithm.
@@ -339,7 +344,7 @@ def hold(
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.generated", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -362,7 +367,7 @@ def main() -> None:
 
 
 def run(minutes: float, first_seed: int, impl: str | None = None) -> dict[str, Any]:
-    """Round after round over all roads and kinds of cases, until the time is up."""
+    """Run round after round over all roads and kinds of cases, until the time is up."""
     start = time.monotonic()
     end, number = start + 60 * minutes, first_seed
     cases: dict[str, int] = {}
@@ -405,7 +410,7 @@ def _round(
     cases: dict[str, int],
     failures: list[dict[str, Any]],
 ) -> None:
-    """Calls of one kind on one road, from a seed; a failure is shrunk, recorded and printed."""
+    """Draw calls of one kind on one road, from a seed; shrink, record and print a failure."""
     name = " ".join([*road, kind])
     last: list[Description] = []
 

@@ -104,17 +104,17 @@ ErrorsFn = Callable[[Counted], tuple[Any, Any, Any]]
 
 
 def ap(c: Counted) -> tuple[Any, Any, Any]:
-    """AP Loss."""
+    """Evaluate AP Loss."""
     return c.nfp / c.rank, 0, c.num_positives
 
 
 def alrp(c: Counted) -> tuple[Any, Any, Any]:
-    """aLRP Loss; values are the localisation errors."""
+    """Evaluate aLRP Loss; values are the localisation errors."""
     return (c.nfp + c.values + c.value_sum) / c.rank, c.values / c.rank, c.num_positives
 
 
 def ndcg(c: Counted) -> tuple[Any, Any, Any]:
-    """NDCG Loss with binary relevance."""
+    """Evaluate NDCG Loss with binary relevance."""
     gmax = (1 / np.log2(1 + np.arange(1, int(c.num_positives) + 1, dtype=REAL))).sum()
     mean = gmax / c.num_positives
     return mean - 1 / np.log2(1 + c.rank), mean - 1 / np.log2(1 + c.rank_positive), gmax
@@ -124,7 +124,7 @@ def ndcg(c: Counted) -> tuple[Any, Any, Any]:
 
 
 def error_driven(flat: Flat, errors_fn: ErrorsFn, by: Rounding, upstream: float = 1.0) -> Expected:
-    """AP, NDCG or anybody's own."""
+    """Evaluate AP, NDCG or anybody's own."""
     counted = _count(flat, by)
     error, _, normaliser = _errors(counted, errors_fn)
     by_logits = _spread(flat, counted, errors_fn, by, upstream)
@@ -132,7 +132,7 @@ def error_driven(flat: Flat, errors_fn: ErrorsFn, by: Rounding, upstream: float 
 
 
 def average_lrp(flat: Flat, by: Rounding, upstream: tuple[float, float] = (1.0, 1.0)) -> Expected:
-    """(cls, loc); the gradient by the logits rides on cls, that by the errors on loc."""
+    """Evaluate (cls, loc); the logits' gradient rides on cls, that of the errors on loc."""
     counted = _count(flat, by)
     number = len(flat.positives)
     by_logits = _spread(flat, counted, alrp, by, upstream[0])
@@ -159,7 +159,7 @@ def average_lrp(flat: Flat, by: Rounding, upstream: tuple[float, float] = (1.0, 
 
 
 def rank_and_sort(flat: Flat, by: Rounding, upstream: tuple[float, float] = (1.0, 1.0)) -> Expected:
-    """(ranking, sorting); `values` are the qualities q."""
+    """Evaluate (ranking, sorting); `values` are the qualities q."""
     quality = flat.values
     flat = flat._replace(values=1 - quality)
     counted = _count(flat, by)
@@ -211,7 +211,7 @@ class _Counts(NamedTuple):
 
 
 def _pairs(flat: Flat, others: Array, by: Rounding) -> Iterator[tuple[slice, Array, Array]]:
-    """Some positives at a time: H(x) with the others, and whether that is on the slope."""
+    """Yield some positives at a time: H(x) with the others, and whether that is on the slope."""
     scores = np.clip(flat.scores.astype(REAL), -LARGEST, LARGEST)
     size = max(1, PAIRS // max(1, len(others)))
     for start in range(0, len(flat.positives), size):
@@ -230,14 +230,14 @@ def _pairs(flat: Flat, others: Array, by: Rounding) -> Iterator[tuple[slice, Arr
 
 
 def _margins(flat: Flat, i: slice) -> Array:
-    """(x + delta)^skew of negatives, where they have a margin."""
+    """Return (x + delta)^skew of negatives, where they have a margin."""
     scores = np.clip(flat.scores.astype(REAL), -LARGEST, LARGEST)
     x = scores[flat.negatives] - scores[flat.positives[i], None]
     return np.clip(x + REAL(flat.delta), 0, None) ** REAL(flat.skew)
 
 
 def _without_self(x: Array, i: slice) -> Array:
-    """Pairs of positives i with all, k != i."""
+    """Return the pairs of positives i with all, k != i."""
     x = x.copy()
     x[np.arange(x.shape[0]), np.arange(i.start, i.stop)] = 0
     return x
@@ -273,7 +273,10 @@ def _count(flat: Flat, by: Rounding) -> _Counts:
 
 
 def _at_corners(counted: _Counts, fn: Callable[[Counted], Any]) -> Near:
-    """A function of the counts, monotone in each, and how far it changes within their budgets."""
+    """Evaluate a function of the counts, monotone in each.
+
+    With it goes how far it changes within their budgets.
+    """
     exact = np.broadcast_to(np.asarray(fn(counted.number), REAL), counted.number.nfp.shape)
     off = np.zeros(exact.shape, REAL)
     for signs in itertools.product((-1, 1), repeat=3):
@@ -290,7 +293,7 @@ def _at_corners(counted: _Counts, fn: Callable[[Counted], Any]) -> Near:
 
 
 def _errors(counted: _Counts, errors_fn: ErrorsFn) -> tuple[Near, Near, Any]:
-    """l, D and Z."""
+    """Return l, D and Z."""
     error = _at_corners(counted, lambda c: errors_fn(c)[0])
     target = _at_corners(counted, lambda c: errors_fn(c)[1])
     driven = _at_corners(counted, lambda c: errors_fn(c)[0] - errors_fn(c)[1])
@@ -302,7 +305,7 @@ def _errors(counted: _Counts, errors_fn: ErrorsFn) -> tuple[Near, Near, Any]:
 
 
 def _mean(error: Near, normaliser: Any, by: Rounding) -> Near:
-    """L = (1/Z) sum_i l(i); 0 without positives."""
+    """Return L = (1/Z) sum_i l(i); 0 without positives."""
     if not error.exact.size:
         return Near(REAL(0), REAL(0))
     exact = error.exact.sum() / normaliser
@@ -318,7 +321,7 @@ class _Weights(NamedTuple):
 
 
 def _weights(driven: Near, above: Near, normaliser: Any) -> _Weights:
-    """D / Z and D / (Z above), where anything stands above."""
+    """Return D / Z and D / (Z above), where anything stands above."""
     some = above.exact > 0
     clear = above.exact > 4 * above.off
     lost = ~clear & ((above.exact > 0) | (above.off > 0))
@@ -333,7 +336,7 @@ def _weights(driven: Near, above: Near, normaliser: Any) -> _Weights:
 
 
 def _laid(h: Array, slope: Array, laid: _Weights, i: slice, pair: float) -> Array:
-    """How far the sum of what positives i lay on others may be off."""
+    """Bound how far the sum of what positives i lay on others may be off."""
     weight, off = laid.weight.exact[i, None], laid.weight.off[i, None]
     total = (h * off + pair * slope * (np.abs(weight) + off)).sum(0)
     reached = ((h > 0) | (slope > 0)) & laid.lost[i, None]
@@ -343,7 +346,7 @@ def _laid(h: Array, slope: Array, laid: _Weights, i: slice, pair: float) -> Arra
 def _spread(
     flat: Flat, counted: _Counts, errors_fn: ErrorsFn, by: Rounding, upstream: float
 ) -> Near:
-    """The gradient by the logits, not yet rounded to their dtype."""
+    """Return the gradient by the logits, not yet rounded to their dtype."""
     exact, off = np.zeros((2, len(flat.scores)), REAL)
     if not len(flat.positives) or not upstream:
         return Near(exact, off)
@@ -370,6 +373,6 @@ def _spread(
 
 
 def _written(given: Near, by: Rounding) -> Near:
-    """Rounded to the dtype of the gradient; nothing is rounded where nothing is written."""
+    """Round to the dtype of the gradient; where nothing is written, nothing is rounded."""
     off = given.off + by.last * (np.abs(given.exact) + given.off)
     return Near(given.exact, off + by.tiny * ((given.exact != 0) | (given.off > 0)))

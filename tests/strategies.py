@@ -114,7 +114,7 @@ class Case:
 
 
 def any_float(bits: int = 32) -> st.SearchStrategy[float]:
-    """Every bit pattern is as likely as any other; NaN is none of them."""
+    """Draw every bit pattern as likely as any other; NaN is none of them."""
     unsigned, real = (np.uint32, np.float32) if bits == 32 else (np.uint64, np.float64)
 
     def read(pattern: int) -> float:
@@ -124,7 +124,7 @@ def any_float(bits: int = 32) -> st.SearchStrategy[float]:
 
 
 def deltas() -> st.SearchStrategy[float]:
-    """Mostly what people use; both ends of what is allowed; and any number between."""
+    """Draw mostly what people use, both ends of what is allowed, and any number between."""
     return st.one_of(
         st.just(0.0),
         st.sampled_from([1.0, 0.5, 0.1, 1e-3]),
@@ -135,7 +135,7 @@ def deltas() -> st.SearchStrategy[float]:
 
 @st.composite
 def palettes(draw, delta: float) -> tuple[float, ...]:
-    """Up to six scores, some of them so many deltas from another."""
+    """Draw up to six scores, some of them so many deltas from another."""
     drawn = draw(
         st.lists(
             st.one_of(st.floats(-8, 8), st.sampled_from(SPECIAL), any_float(), any_float(64)),
@@ -149,7 +149,7 @@ def palettes(draw, delta: float) -> tuple[float, ...]:
 
 @st.composite
 def levels_of(draw, most: int) -> Level:
-    """A level of at most so many logits, or about."""
+    """Draw a level of at most so many logits, or about."""
     dims = draw(st.integers(1, 4))
     layout = draw(st.sampled_from(LAYOUTS))
     shape = [draw(st.integers(1, most))]
@@ -165,7 +165,7 @@ def levels_of(draw, most: int) -> Level:
 
 @st.composite
 def levels_of_size(draw, size: int) -> list[Level]:
-    """One level of so many logits, or a few less; sometimes two."""
+    """Draw one level of so many logits, or a few less; sometimes two."""
     cut = draw(st.sampled_from([0, 0, 0, 1, size // 3]))
     layouts = st.sampled_from(LAYOUTS[:-1])
     classes = draw(st.integers(1, 3))
@@ -181,7 +181,7 @@ def descriptions(
     losses: Sequence[str] = LOSSES,
     nan: bool = False,
 ) -> Description:
-    """What a call may be like.
+    """Draw what a call may be like.
 
     Args:
         most: logits of a level, if no `sizes` are given.
@@ -235,7 +235,7 @@ def descriptions(
 
 
 def build(described: Description, device: str = "cpu") -> Case:
-    """The tensors of a description."""
+    """Make the tensors of a description."""
     rng = np.random.default_rng(described.seed)
     shapes = [level.shape for level in described.levels]
     marks = _marks(described, rng)
@@ -259,7 +259,7 @@ def build(described: Description, device: str = "cpu") -> Case:
 
 
 def _marks(described: Description, rng: np.random.Generator) -> list[np.ndarray]:
-    """1 / 0 / -1 of each logit. Under class indices an anchor has one positive at most."""
+    """Draw 1 / 0 / -1 of each logit. Under class indices an anchor has one positive at most."""
     places = []  # (level, index of the anchor or logit)
     marks = []
     for number, level in enumerate(described.levels):
@@ -291,7 +291,7 @@ def _marks(described: Description, rng: np.random.Generator) -> list[np.ndarray]
 
 
 def _targets(level: Level, marks: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """As the loss is given them."""
+    """Return the targets as the loss is given them."""
     if level.per_logit:
         dtype = [torch.int64, torch.int8, torch.float32][int(rng.integers(3))]
         return torch.from_numpy(marks.copy()).to(dtype)
@@ -306,7 +306,7 @@ def _targets(level: Level, marks: np.ndarray, rng: np.random.Generator) -> Tenso
 def _groups(
     described: Description, targets: Sequence[Tensor], rng: np.random.Generator
 ) -> list[Tensor] | None:
-    """Integers that broadcast to the targets."""
+    """Draw integers that broadcast to the targets."""
     if not described.groups:
         return None
     names = rng.integers(-described.groups, described.groups, described.groups)
@@ -324,7 +324,7 @@ def _groups(
 def _flat_groups(
     described: Description, targets: Sequence[Tensor], groups: list[Tensor] | None
 ) -> np.ndarray | None:
-    """The group of each logit."""
+    """Return the group of each logit."""
     if groups is None:
         return None
     parts = []
@@ -342,7 +342,7 @@ def _scores(
     groups: np.ndarray | None,
     rng: np.random.Generator,
 ) -> Tensor:
-    """(n,) in the dtype of the logits. Scores that are ignored are anything, NaN too."""
+    """Draw (n,) in the dtype of the logits. Scores that are ignored are anything, NaN too."""
     dtype, n = described.dtype, marks.size
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     positive = _of_kind(described.positive_kind, n, wide, described, rng)
@@ -369,7 +369,7 @@ def _scores(
 def _of_kind(
     kind: str, n: int, dtype: torch.dtype, described: Description, rng: np.random.Generator
 ) -> np.ndarray:
-    """n scores of a kind, in float32 or float64."""
+    """Draw n scores of a kind, in float32 or float64."""
     real = np.float64 if dtype == torch.float64 else np.float32
     info = np.finfo(real)
     normal = rng.standard_normal(n).astype(real)
@@ -410,7 +410,7 @@ def _of_kind(
 
 
 def _lay_out(scores: Tensor, layout: str) -> Tensor:
-    """The same shape, and mostly the same values, laid out otherwise in memory."""
+    """Lay out the same shape, and mostly the same values, otherwise in memory."""
     if layout == "transposed" and scores.dim() > 1:
         return scores.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "channels_last" and scores.dim() == 4:

@@ -115,7 +115,7 @@ def use_ap(model: RetinaNet, criterion: APLoss) -> RetinaNet:
 def anchor_targets(
     targets: Sequence[dict[str, Tensor]], matched_idxs: Sequence[Tensor], num_classes: int
 ) -> Tensor:
-    """The class index of every anchor of the batch, from torchvision's matching.
+    """Return the class index of every anchor of the batch, from torchvision's matching.
 
     Args:
         targets: one dict per image, with `labels`: (T,) integers in [0, num_classes).
@@ -243,7 +243,7 @@ class _ALRPHeadLoss(_HeadLoss):
         anchors: list[Tensor],
         matched_idxs: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Decoded and ground-truth boxes of the P positives, both (P, 4) xyxy in pixels."""
+        """Return decoded and ground-truth boxes of the P positives, both (P, 4) xyxy in pixels."""
         pos_deltas, pos_anchors, pos_boxes = [], [], []
         for i, matches in enumerate(matched_idxs):
             positives = torch.where(matches >= 0)[0]
@@ -279,7 +279,7 @@ class _APHeadLoss(_HeadLoss):
 
 
 def _boxes_of(target: dict[str, Tensor]) -> Tensor:
-    """(T, 4) corners of an image's ground truth; an image without any may have (0,)."""
+    """Return (T, 4) corners of an image's ground truth; an image without any may have (0,)."""
     boxes = as_corners(target["boxes"], "targets")
     boxes = boxes.reshape(-1, 4) if boxes.numel() == 0 else boxes
     if len(boxes) != len(target["labels"]):
@@ -314,7 +314,7 @@ def _check_ignored(ignore_index: int) -> None:
 
 
 def _integers(name: str, what: str, given: Tensor) -> Tensor:
-    """One for each, int64; of nobody they may have any dtype."""
+    """Return one integer for each object, int64; where there is no object any dtype is taken."""
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected {what} as a tensor, got {type(given).__name__}")
     if given.dim() != 1:

@@ -13,7 +13,7 @@ LARGEST = tl.constexpr(2.0**125)
 
 
 def jit(kernel: Callable) -> Any:
-    """triton.jit that specialises on no number's value and on no pointer's alignment.
+    """Compile as triton.jit does, specialised on no number's value and no pointer's alignment.
 
     P, N and what follows from them change at every call and must never make another variant.
     """
@@ -27,26 +27,29 @@ def jit(kernel: Callable) -> Any:
 
 @triton.jit
 def real(bits, dtype: tl.constexpr):
-    """A number from the bits of its float64, since a float argument may arrive as float32."""
+    """Return a number from the bits of its float64: a float argument may arrive as float32."""
     return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True).to(dtype)
 
 
 @triton.jit
 def nan_maximum(a, b):
-    """For tl.reduce: the larger one, or NaN."""
+    """Return the larger one, or NaN; for tl.reduce."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def finite(scores):
-    """-inf and +inf replaced by -LARGEST and LARGEST. NaN stays."""
+    """Replace -inf and +inf by -LARGEST and LARGEST; NaN stays."""
     scores = tl.maximum(scores, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(scores, LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def divide(number, divisor, magic):
-    """number // divisor and the remainder, for 0 <= number < 2^31; `magic` is of `magic_of`."""
+    """Return number // divisor and the remainder, for 0 <= number < 2^31.
+
+    `magic` is of `magic_of`.
+    """
     factor = tl.cast(tl.cast(magic, tl.int64) & 0xFFFFFFFF, tl.uint32)
     shift = tl.cast(tl.cast(magic, tl.int64) >> 32, tl.uint32)
     quotient = (tl.umulhi(number, factor) + number) >> shift
@@ -54,11 +57,14 @@ def divide(number, divisor, magic):
 
 
 def magic_of(divisor: int) -> int:
-    """What `divide` divides by: (shift << 32) + factor, after Granlund and Montgomery (1994)."""
+    """Return what `divide` divides by, after Granlund and Montgomery (1994).
+
+    It is (shift << 32) + factor.
+    """
     shift = (divisor - 1).bit_length()
     return (shift << 32) + (((1 << 32) * ((1 << shift) - divisor)) // divisor + 1)
 
 
 def bits_of(number: float) -> int:
-    """A float64 as the integer of the same bits, see `real`."""
+    """Return a float64 as the integer of the same bits, see `real`."""
     return struct.unpack("<q", struct.pack("<d", number))[0]

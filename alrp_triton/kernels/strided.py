@@ -84,7 +84,7 @@ def offset_of(places, strides, WIDE: tl.constexpr):
 
 @triton.jit
 def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr):
-    """The logits `local` places behind the origin of a level.
+    """Read the logits `local` places behind the origin of a level.
 
     Returns them upcast and finite but for NaN; which of them are negatives; their places, see
     `places_of`.
@@ -174,7 +174,7 @@ def lay_out(
 
 
 def is_dense(tensor: Tensor, like: Tensor | None = None) -> bool:
-    """Whether the elements fill a stretch of memory, each in a place of its own.
+    """Return whether the elements fill a stretch of memory, each in a place of its own.
 
     With `like`, also whether each stands in the same place as there.
     """
@@ -197,5 +197,5 @@ def is_dense(tensor: Tensor, like: Tensor | None = None) -> bool:
 
 
 def _span(tensor: Tensor, axes: Sequence[int]) -> int:
-    """How far apart two elements may stand along some axes."""
+    """Return how far apart two elements may stand along some axes."""
     return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)

@@ -37,7 +37,7 @@ def evaluate(
     tau: float = 0.5,
     upstream: Tensor | None = None,
 ) -> Result:
-    """Errors and both gradients, on the CPU; `upstream` is 1 unless told."""
+    """Return errors and both gradients, on the CPU; `upstream` is 1 unless told."""
     pred = pred.detach().to(backend.device).requires_grad_()
     target = target.detach().to(backend.device).requires_grad_()
     errors = localisation_errors(pred, target, kind, tau, impl=backend.impl)
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def random_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Proper boxes with sides of 1 to 9, exact in 16 bits: apart, overlapping, nested."""
+    """Draw proper boxes with sides of 1 to 9, exact in 16 bits: apart, overlapping, nested."""
     generator = torch.Generator().manual_seed(seed)
 
     def some() -> Tensor:
@@ -60,13 +60,13 @@ def random_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def grid_boxes() -> tuple[Tensor, Tensor]:
-    """All 6561 pairs of boxes with corners in {0, 1, 2}: all ties, empty and inside-out boxes."""
+    """Return all 6561 pairs of boxes with corners in {0, 1, 2}: ties, empty and inside-out ones."""
     boxes = torch.tensor(list(product(range(3), repeat=4)), dtype=torch.float64)
     return boxes.repeat_interleave(len(boxes), 0), boxes.repeat(len(boxes), 1)
 
 
 def deviation(got: Tensor, truth: Tensor) -> float:
-    """Largest error of a pair, over the largest entry of any."""
+    """Return the largest error of a pair, over the largest entry of any."""
     got, truth = got.double(), truth.double()
     assert got.shape == truth.shape
     assert got.isfinite().all()
@@ -76,7 +76,7 @@ def deviation(got: Tensor, truth: Tensor) -> float:
 def deviations(
     got: Result, pred: Tensor, target: Tensor, kind: str, tau: float = 0.5
 ) -> dict[str, tuple[float, float]]:
-    """Of each part of a result: its deviation from float64, and the budget for that.
+    """Return, of each part of a result, its deviation from float64 and the budget for that.
 
     The rounding of torch in float32, against float64, is counted in units of the last place. A
     result gets twice as many of the dtype it is computed in, and one for what it is stored in.

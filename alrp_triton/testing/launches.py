@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Bit by bit; but a NaN is never the same."""
+    """Return whether both are the same bit by bit; a NaN never is."""
     return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
@@ -28,7 +28,7 @@ class OnGrid:
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """What replays `step` from a CUDA graph."""
+    """Capture `step` in a CUDA graph and return what replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -42,7 +42,7 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def compiled_variants() -> int:
-    """How many kernels of the package Triton's JIT holds compiled; 0 in the interpreter."""
+    """Return how many kernels of the package Triton's JIT holds compiled; 0 in the interpreter."""
     kernels = {
         id(kernel): kernel
         for name, module in sys.modules.items()
@@ -56,6 +56,6 @@ def compiled_variants() -> int:
 
 
 def counting(kernels: ModuleType) -> ModuleType:
-    """Where the kernel is that an algorithm counts with."""
+    """Return the module of the kernel that an algorithm counts with."""
     name = kernels.__name__.removesuffix(".ranks")
     return importlib.import_module(f"{name}.histogram" if name.endswith("breakpoints") else name)

@@ -54,7 +54,7 @@ def _stages(logits: int, positives: int, dtype: str, delta: float = 1.0) -> list
 
 
 def _both_steps(cells: list[Cell]) -> list[Cell]:
-    """Each under the soft step and under the hard one."""
+    """Return each cell under the soft step and under the hard one."""
     return [cell._replace(delta=delta) for cell in cells for delta in (1.0, 0.0)]
 
 
@@ -115,7 +115,7 @@ class Inputs:
 
 
 def draw(cell: Cell, device: torch.device) -> Inputs:
-    """The inputs of a cell: drawn on the CPU, so that they are the same on every machine."""
+    """Draw the inputs of a cell, on the CPU, so that they are the same on every machine."""
     targets = draw_targets(cell.logits // cell.classes, cell.classes, cell.positives)
     logits = draw_logits(targets, cell.classes, cell.distribution)
     loc_errors = torch.rand(cell.positives, generator=torch.Generator().manual_seed(1))
@@ -124,7 +124,7 @@ def draw(cell: Cell, device: torch.device) -> Inputs:
 
 
 def draw_logits(targets: Tensor, classes: int, distribution: str, seed: int = 0) -> Tensor:
-    """float32 logits (N, C) for class indices (N,), as at one stage of a training."""
+    """Draw float32 logits (N, C) for class indices (N,), as at one stage of a training."""
     generator = torch.Generator().manual_seed(seed)
     negative, positive = DISTRIBUTIONS[distribution]
     logits = torch.randn(targets.numel(), classes, generator=generator)
@@ -136,7 +136,7 @@ def draw_logits(targets: Tensor, classes: int, distribution: str, seed: int = 0)
 
 
 def draw_targets(anchors: int, classes: int, num_positives: int, seed: int = 0) -> Tensor:
-    """Class indices (N,): positives anywhere, 2 % of the anchors ignored, background elsewhere."""
+    """Draw class indices (N,): positives anywhere, 2 % of the anchors ignored, else background."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(anchors, generator=generator)
     targets = torch.full((anchors,), -1)

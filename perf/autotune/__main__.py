@@ -37,7 +37,7 @@ def make_parser() -> arguments.Parser:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with `device` (None for a dry run), and what was left out resolved."""
+    """Parse the command line; set `device` (None for a dry run) and resolve what was left out."""
     parser = make_parser()
     options = parser.parse_args(given)
     interpreted = bool(os.environ.get("TRITON_INTERPRET"))
@@ -58,7 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Tunes, or ranks without a GPU, and says what was written; returns the exit code."""
+    """Tune, or rank without a GPU, say what was written, and return the exit status."""
     options = parse_arguments(given)
     parser = make_parser()
     with arguments.importing("perf"):

@@ -36,7 +36,7 @@ class Goal(NamedTuple):
         return DTYPE_OF[self.kind.dtype]
 
     def grids(self, side: str, grids: Grids) -> list[Grid]:
-        """Those of a kernel; only 16-bit logits have patterns."""
+        """Return the grids of a kernel; only 16-bit logits have patterns."""
         found = grids[self.algorithm][side]
         return [grid for grid in found if "patterns" not in grid or self.kind.dtype == "16-bit"]
 
@@ -118,7 +118,7 @@ REHEARSED_GRIDS: Grids = {
 
 
 def candidates(best: AnyTiles, grid: Grid) -> list[AnyTiles]:
-    """`best`, and every other point of a grid around it that the kernels can take."""
+    """Return `best`, and every other point of a grid around it that the kernels can take."""
     found = [best]
     for sizes in product(*grid.values()):
         candidate = best._replace(**dict(zip(grid, sizes, strict=True)))

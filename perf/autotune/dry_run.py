@@ -31,7 +31,7 @@ _SHOWN = 8  # of the best candidates, in the table
 
 
 def default_for(algorithm: str, target: str) -> Tiles | BreakpointTiles:
-    """The default sizes for a target."""
+    """Return the default sizes for a target."""
     is_amd = target.startswith("gfx")
     if algorithm == "breakpoints":
         return default_breakpoint_tiles(64 if is_amd else 32, torch.float32)
@@ -39,12 +39,12 @@ def default_for(algorithm: str, target: str) -> Tiles | BreakpointTiles:
 
 
 def files(target: str) -> list[str]:
-    """The names of what `run` leaves."""
+    """Name the files that `run` leaves."""
     return [f"dry-run-{target}.json", f"dry-run-{target}.png"]
 
 
 def run(target: str, folder: Path, grids: Grids = GRIDS) -> list[Path]:
-    """Compiles every candidate, prints the best of each kernel and dtype, writes JSON and PNG."""
+    """Compile every candidate, print the best of each kernel and dtype, and write JSON and PNG."""
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("--dry-run compiles: unset TRITON_INTERPRET, under which nothing does")
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def rank(
     pool: Compiler,
     grids: Sequence[Grid],
 ) -> dict[str, Any]:
-    """All candidates of a kernel, best first, each grid around the best of the one before.
+    """Rank all candidates of a kernel, best first, each grid around the best of the one before.
 
     Sizes that are in no machine code, such as the number of programs, are left as they are.
     """
@@ -94,7 +94,10 @@ def rank(
 
 
 def _cost(code: Compiled | str | None) -> tuple[float, int]:
-    """Sound ones first; the registers tell apart what the loops do not."""
+    """Return a sort key: sound code first, then by loops, then by registers.
+
+    The registers tell apart what the loops do not.
+    """
     if not isinstance(code, Compiled) or code.spills:
         return float("inf"), 0
     return code.cost(), code.registers
@@ -109,7 +112,7 @@ def _row(tiles: Tiles, code: Compiled | str | None) -> dict[str, Any]:
 
 
 def to_text(ranking: dict[str, Any]) -> str:
-    """The best candidates and the default, as a table."""
+    """Format the best candidates and the default as a table."""
     rows, side, item = ranking["candidates"], ranking["kernel"], ranking["item"]
     refused = sum(row["refused"] is not None for row in rows)
     lines = [

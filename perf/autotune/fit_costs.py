@@ -72,7 +72,7 @@ def time_calls(
     until: float,
     progress: bool = True,
 ) -> list[Timed]:
-    """Times calls while there is time; on a GPU as graphs, since a small call would time the host.
+    """Time calls while there is time; on a GPU as graphs, since a small call would time the host.
 
     Args:
         calls: the most important first; those that differ in dtype alone follow each other.
@@ -140,7 +140,7 @@ def _fit(
 
 
 def least_squares(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Prices, none below 0, of terms (calls, terms), with the least squares of relative errors.
+    """Fit prices, none below 0, of terms (calls, terms): least squares of the relative errors.
 
     Relative, because a microsecond matters where a call takes ten. Where the prices are that are
     not 0, they are the best of these terms without any constraint; so every choice of terms is
@@ -172,7 +172,7 @@ class Quality(NamedTuple):
 
 
 def quality(costs: Costs, timed: Sequence[Timed]) -> Quality:
-    """Of prices at the calls timed."""
+    """Measure how well prices explain the calls timed, and what is lost by choosing by them."""
     worst = {}
     for algorithm in ALGORITHMS:
         ratios = [

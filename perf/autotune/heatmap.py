@@ -29,7 +29,10 @@ class Panel(NamedTuple):
 
 
 def of_search(searches: list[dict[str, Any]]) -> list[Panel]:
-    """Time over two sizes, relative to the best, of each class and kernel that was reached."""
+    """Make a panel of time over two sizes, relative to the best.
+
+    There is one for each class and kernel that was reached.
+    """
     panels = []
     for search in searches:
         rows = search["tried"][0] if search["tried"] else []
@@ -44,7 +47,7 @@ def of_search(searches: list[dict[str, Any]]) -> list[Panel]:
 
 
 def of_rankings(rankings: list[dict[str, Any]]) -> list[Panel]:
-    """Instructions a pair or logit and resident warps, of each kernel and dtype."""
+    """Make panels of instructions a pair or logit and of resident warps, by kernel and dtype."""
     panels = []
     for ranking in rankings:
         of_item = f"instructions a {ranking['item']}"
@@ -81,7 +84,7 @@ def _panel(
 
 
 def save(panels: list[Panel], path: Path) -> list[Path]:
-    """Draws the panels; none without matplotlib, or without anything to draw."""
+    """Draw the panels and save them; skip it without matplotlib, or without anything to draw."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -32,7 +32,7 @@ _CHANCE = 0.01  # how often a candidate that is as good may replace what is in u
 
 
 def better(candidate: Sequence[float], incumbent: Sequence[float]) -> bool:
-    """Whether a candidate is faster beyond the noise: a sign test over the rounds of both.
+    """Return whether a candidate is faster beyond the noise: a sign test over the rounds of both.
 
     Of two calls equally fast each wins a round with probability 1/2 at most, however the noise is
     distributed and whatever disturbs both runs of a round. So many rounds won, or more, must then
@@ -77,7 +77,7 @@ class Search:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def run(self, start: Sizes, grids: Sequence[Grid]) -> tuple[Sizes, dict[str, Any]]:
-        """The sizes to use from now on, and what was measured of them.
+        """Return the sizes to use from now on, and what was measured of them.
 
         `start` stays unless another is better beyond the noise, or `start` itself is refused.
         """
@@ -101,7 +101,7 @@ class Search:
         return time.monotonic() < self.until
 
     def _best_of(self, found: list[Sizes]) -> Sizes:
-        """The fastest of the sound candidates; the first if none is, or no time is left."""
+        """Return the fastest of the sound candidates; the first if none is, or no time is left."""
         tried = {tiles: self._check(tiles, code) for tiles, code in self._compile(found)}
         sound = [x.tiles for x in tried.values() if x.checked and not x.refused]
         best, seconds = found[0], dict[Sizes, float]()
@@ -116,7 +116,7 @@ class Search:
         return zip(found, self.examine(tasks), strict=True)
 
     def _check(self, tiles: Sizes, code: Compiled | str | None) -> Tried:
-        """Held to the reference; no candidate is timed before."""
+        """Hold a candidate to the reference, before which it is not timed."""
         if isinstance(code, str):
             return Tried(tiles, refused=code)
         if code is not None and code.spills and tiles != self._start:
@@ -130,7 +130,7 @@ class Search:
         return Tried(tiles, code, refused, checked=True)
 
     def _race(self, sound: list[Sizes]) -> tuple[Sizes, dict[Sizes, float]]:
-        """The fastest, and the median of each in the last rounds it was in."""
+        """Return the fastest, and the median time of each in the last rounds that it was in."""
         seconds: dict[Sizes, float] = {}
         for rounds, share in RACE:
             times = self._time(sound, rounds)
@@ -141,13 +141,13 @@ class Search:
         return sound[0], seconds
 
     def _time(self, found: list[Sizes], rounds: int) -> list[list[float]]:
-        """Seconds of each, round by round, side by side."""
+        """Time every candidate side by side, round by round, and return the seconds of each."""
         calls = {str(number): self._call(tiles) for number, tiles in enumerate(found)}
         times = timing.interleave(calls, self.device, rounds, until=self.until)
         return list(times.values())
 
     def _call(self, tiles: Sizes) -> Callable[[], object]:
-        """A run of a candidate, on a GPU as a CUDA graph: a small class would time the host.
+        """Return a run of a candidate, on a GPU as a CUDA graph: a small class would time the host.
 
         The graphs share their memory, as they run one after the other and nobody reads results.
         """
@@ -158,7 +158,7 @@ class Search:
 
 
 def captured(call: Callable[[], object], pool: Any) -> Callable[[], object]:
-    """What replays a call from a CUDA graph, in memory that the graphs of a pool share."""
+    """Capture a call in a CUDA graph and return its replay; the graphs of a pool share memory."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()

@@ -60,7 +60,7 @@ def tune(
     folder: str | None = None,
     calls: Sequence[Call] | None = None,
 ) -> dict[str, Any]:
-    """Tunes class by class while there is time, then fits the costs.
+    """Tune class by class while there is time, then fit the costs.
 
     Args:
         device: the GPU; the CPU walks the same road in the interpreter, where a time means little.
@@ -98,13 +98,13 @@ class InUse(NamedTuple):
     defaults: Defaults
 
     def entry(self, goal: Goal) -> dict[str, Any] | None:
-        """That of exactly this class, if the file has one."""
+        """Return the entry of exactly this class, if the file has one."""
         found = self.content.get(goal.algorithm, [])
         return next((entry for entry in found if entry["class"] == _kind(goal)), None)
 
 
 def find_in_use(device: torch.device, folder: Path | str | None) -> InUse:
-    """What the file for this device holds, or the package's own, or none.
+    """Return what has to be beaten: what the device's file holds, or the package's own, or none.
 
     Raises:
         ValueError: if the file is not one of the tuner's.
@@ -126,7 +126,7 @@ def _tune_sizes(
     grids: Grids,
     until: float,
 ) -> None:
-    """Puts the entries of the classes that are reached before the others."""
+    """Tune the classes that are reached, and put their entries before the others."""
     found: dict[str, list[dict[str, Any]]] = {algorithm: [] for algorithm in ALGORITHMS}
     with ExitStack() as stack:
         examine = _nothing_compiled
@@ -154,7 +154,7 @@ def _tune_sizes(
 def _tiles(
     of_file: Tuned, defaults: Defaults, dtype: torch.dtype, positives: int, logits: int
 ) -> dict[str, Tiles | BreakpointTiles]:
-    """The sizes of both algorithms' kernels for a call."""
+    """Return the sizes of both algorithms' kernels for a call."""
     return {
         algorithm: choose(
             getattr(of_file, algorithm), getattr(defaults, algorithm), dtype, positives, logits
@@ -170,7 +170,7 @@ def _entry(
     grids: Grids,
     known: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """A class's entry of the file; what was measured earlier of a kernel not reached is kept."""
+    """Make a class's entry of the file; keep what was measured earlier of a kernel not reached."""
     measured = dict(known.get("measured", {})) if known else {}
     measured |= {"positives": goal.positives, "logits": goal.logits}
     tiles = start
@@ -182,7 +182,7 @@ def _entry(
 
 
 def _kind(goal: Goal) -> dict[str, Any]:
-    """A class as it stands in a file."""
+    """Describe a class as it stands in a file."""
     dtype, positives, logits = goal.kind
     return {"dtype": dtype, "positives": list(positives), "logits": list(logits)}
 
@@ -195,7 +195,7 @@ def _fit_costs(
     until: float,
     progress: bool,
 ) -> None:
-    """Times calls by the sizes just found, and puts the prices of each class of dtypes."""
+    """Time calls by the sizes just found, and put the prices of each class of dtypes."""
     of_file = {name: x for name, x in result.items() if name not in _NOT_IN_THE_FILE}
     now = files.parse(of_file, in_use.defaults)
 
@@ -244,7 +244,7 @@ def _taken_down(search: Search, start: Tiles | BreakpointTiles) -> dict[str, Any
 
 
 def _nothing_compiled(tasks: list[Task]) -> list[Compiled | str | None]:
-    """Under the interpreter there is no machine code to refuse."""
+    """Return None for every task: under the interpreter there is no machine code to refuse."""
     return [None] * len(tasks)
 
 
@@ -252,13 +252,13 @@ def _nothing_compiled(tasks: list[Task]) -> list[Compiled | str | None]:
 
 
 def written(device: torch.device) -> list[str]:
-    """The names of what `write` leaves."""
+    """Name the files that `write` leaves."""
     path = Path(files.file_name(timing.machine(device)["device"]))
     return [str(path.with_suffix(suffix)) for suffix in (".json", *_BESIDE)]
 
 
 def write(result: dict[str, Any], folder: Path | str) -> list[Path]:
-    """The file that the package reads, all that was tried and timed, and a heat map of it."""
+    """Write the file that the package reads, all that was tried and timed, and a heat map of it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / files.file_name(result["machine"]["device"])
@@ -273,14 +273,14 @@ def write(result: dict[str, Any], folder: Path | str) -> list[Path]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """At once: a process that reads the file meanwhile finds the old one, or the new."""
+    """Replace a file at once: whoever reads it meanwhile finds the old one, or the new."""
     new = path.with_name(path.name + ".new")
     new.write_text(text + "\n")
     new.replace(path)
 
 
 def gains(result: dict[str, Any]) -> dict[str, float]:
-    """By algorithm, class and kernel, the share of the time that was gained."""
+    """Return the share of the time that was gained, by algorithm, class and kernel."""
     return {
         f"{algorithm}, {_name(entry)}, {side}": entry["measured"][side]["gain"]
         for algorithm, entry in _entries(result)
@@ -290,7 +290,7 @@ def gains(result: dict[str, Any]) -> dict[str, float]:
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """What was gained, class by class, what was refused or not reached, and how the costs fit."""
+    """Tell what was gained, class by class, what was refused or not reached, and how costs fit."""
     lines = []
     for algorithm, entry in _entries(result):
         measured = entry.get("measured", {})
@@ -317,7 +317,7 @@ def to_text(result: dict[str, Any]) -> str:
 
 
 def _entries(result: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(algorithm, entry) of all sizes."""
+    """Yield (algorithm, entry) of all sizes."""
     for algorithm in ALGORITHMS:
         for entry in result[algorithm]:
             yield algorithm, entry

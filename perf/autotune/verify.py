@@ -29,14 +29,17 @@ from .candidates import Goal
 
 
 def draw(goal: Goal, device: torch.device) -> Case:
-    """The call that stands for a class."""
+    """Draw the call that stands for a class."""
     return draw_call(goal.positives, goal.logits, goal.stage, goal.dtype, device)
 
 
 def draw_call(
     positives: int, logits: int, stage: str, dtype: torch.dtype, device: torch.device
 ) -> Case:
-    """A call of P positives and about N logits, of 80 classes where each positive has anchors."""
+    """Draw a call of P positives and about N logits.
+
+    It has 80 classes where each positive has anchors.
+    """
     classes = 80 if logits >= 160 * positives else 2
     return draw_case(Size(logits // classes, classes, positives), stage, dtype, device)
 
@@ -51,14 +54,14 @@ class Judge:
             raise ValueError("no negative is near a positive: an error would not show")
 
     def call(self, side: str, tiles: Tiles | BreakpointTiles) -> list[Tensor]:
-        """Count or gradient by the kernels that take these sizes."""
+        """Call count or gradient by the kernels that take these sizes."""
         kernels = breakpoints if isinstance(tiles, BreakpointTiles) else pairwise
         if side == "count":
             return list(kernels.count(*self.case.count_input, tiles))
         return kernels.gradient(*self.case.gradient_input, tiles)
 
     def refuses(self, side: str, tiles: Tiles | BreakpointTiles) -> str | None:
-        """Runs a candidate twice; why it may not be chosen, or None."""
+        """Run a candidate twice; return why it may not be chosen, or None."""
         with poisoned():
             first, second = self.call(side, tiles), self.call(side, tiles)
         ratio = (self._of_count if side == "count" else self._of_gradient)(first, tiles)

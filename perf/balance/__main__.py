@@ -60,14 +60,14 @@ def make_parser() -> arguments.Parser:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with `steps` resolved."""
+    """Parse the command line and resolve `steps`."""
     options = make_parser().parse_args(given)
     options.steps = options.steps or (120 if options.quick else 600)
     return options
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Trains with each loss and reports; returns the exit code: 0, or 130 after Ctrl-C."""
+    """Train with each loss and report; return the exit status: 0, or 130 after Ctrl-C."""
     options = parse_arguments(given)
     with arguments.importing("train"):
         from perf.balance import picture
@@ -94,7 +94,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def table(histories: dict[str, History]) -> str:
-    """A row per loss: least, median and greatest ratio, and the loss itself."""
+    """Make a table with a row per loss: least, median and greatest ratio, and the loss itself."""
     rows = [list(_HEAD)]
     for title, history in histories.items():
         ratio, loss = history.ratio, history.classification
@@ -107,7 +107,7 @@ def table(histories: dict[str, History]) -> str:
 
 
 def save(histories: dict[str, History], steps: int, folder: Path) -> None:
-    """Writes results.json (the sums and the loss of every iteration) and results.md (the table)."""
+    """Write results.json (the sums and the loss of every iteration) and results.md (the table)."""
     settings = {"steps": steps, "optimiser": _OPTIMISER, "seed": _SEED, "device": "cpu"}
     runs = [
         {

@@ -15,7 +15,7 @@ from ..train.plots import _smooth
 
 
 def save_balance(ratios: dict[str, np.ndarray], losses: dict[str, np.ndarray], path: Path) -> None:
-    """Fig. 4 of the paper, a row per loss: who pulls harder in each iteration, and the loss.
+    """Draw Fig. 4 of the paper, a row per loss: who pulls harder in each iteration, and the loss.
 
     Args:
         ratios: by title, (iterations,) gradient magnitudes of negatives over positives.
@@ -39,7 +39,7 @@ def save_balance(ratios: dict[str, np.ndarray], losses: dict[str, np.ndarray], p
 
 
 def _draw_pull(axes: Axes, ratio: np.ndarray) -> None:
-    """The ratio on a log axis, the area between it and 1 in the colour of who pulls harder."""
+    """Draw the ratio on a log axis; fill from it to 1 in the colour of who pulls harder."""
     iterations = np.arange(1, len(ratio) + 1)
     for bound, color in ((np.maximum, BLUE), (np.minimum, VERMILION)):
         axes.fill_between(iterations, 1, bound(ratio, 1), color=color, alpha=0.55, linewidth=0)
@@ -51,7 +51,7 @@ def _draw_pull(axes: Axes, ratio: np.ndarray) -> None:
 
 
 def _beside_one(axes: Axes, text: str, color: str, side: int) -> None:
-    """Text at the right, over (`side` 1) or under (-1) the level at which the ratio is 1."""
+    """Write text at the right, over (`side` 1) or under (-1) the level at which the ratio is 1."""
     axes.annotate(
         text, (0.99, 1), xycoords=axes.get_yaxis_transform(), xytext=(0, 26 * side),
         textcoords="offset points", color=color, horizontalalignment="right",
@@ -60,7 +60,7 @@ def _beside_one(axes: Axes, text: str, color: str, side: int) -> None:
 
 
 def _draw_loss(axes: Axes, loss: np.ndarray) -> None:
-    """Every iteration thinly, and means over a fiftieth of them."""
+    """Draw every iteration thinly, and means over a fiftieth of them."""
     axes.plot(np.arange(1, len(loss) + 1), loss, color=SKY, linewidth=0.8)
     axes.plot(*_smooth(loss, max(len(loss) // 50, 1)), color=BLACK, linewidth=1.5)
     axes.set_ylim(bottom=0)

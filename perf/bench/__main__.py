@@ -51,7 +51,7 @@ def make_parser() -> arguments.Parser:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what depends on the device is resolved, and files and folders are read."""
+    """Parse the command line; resolve what depends on the device, and read files and folders."""
     parser = make_parser()
     options = parser.parse_args(given)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -72,7 +72,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 if this package was wrong in some cell, or missed a goal."""
+    """Run the benchmark; return 1 if this package was wrong in some cell, or missed a goal."""
     options = parse_arguments(given)
     until = time.monotonic() + 60 * options.minutes
     variants = VARIANTS | options.peers
@@ -90,7 +90,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def failures(rows: Sequence[Row], goals: Sequence[Row]) -> list[str]:
-    """What makes the exit code non-zero, a line each: wrong cells of ours, and missed goals."""
+    """List what makes the exit status non-zero: wrong cells of ours, and missed goals."""
     wrong = [row for row in rows if row["variant"] == OURS and not row["parity"]]
     return [f"WRONG: {name_of(row)}" for row in wrong] + [f"MISSED: {x}" for x in missed(goals)]
 

@@ -26,7 +26,7 @@ _PACKAGE = "_published_code"  # what the files take for mmdet.models
 
 
 def load(checkout: Path) -> dict[str, Variant]:
-    """The variants that a checkout holds.
+    """Load the variants that a checkout holds.
 
     Raises:
         FileNotFoundError: if it holds none.
@@ -65,7 +65,7 @@ def _bind(loss: Any) -> Callable[[Inputs], Callable[[Tensor], Tensor]]:
 
 @contextmanager
 def _cuda_is_here(device: torch.device) -> Iterator[None]:
-    """The code moves what it makes by `.cuda()`: without a GPU that has to leave it where it is."""
+    """Let `.cuda()`, by which the code moves what it makes, leave it in place without a GPU."""
     if device.type == "cuda":
         yield
         return
@@ -85,7 +85,7 @@ class _Registry:
 
 
 def _import(path: Path) -> ModuleType:
-    """Runs a file as a module of a package whose `builder` is the stand-in."""
+    """Run a file as a module of a package whose `builder` is the stand-in."""
     builder = ModuleType(f"{_PACKAGE}.builder")
     builder.LOSSES = _Registry()  # type: ignore[attr-defined]
     losses = ModuleType(f"{_PACKAGE}.losses")

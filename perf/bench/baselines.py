@@ -15,12 +15,16 @@ from torch.nn.functional import pad
 
 
 def _step(x: Tensor, delta: float) -> Tensor:
-    """H(x): the clipped line of half-width delta, or [x >= 0]."""
+    """Return H(x): the clipped line of half-width delta, or [x >= 0]."""
     return (x / (2 * delta) + 0.5).clamp(0, 1) if delta > 0 else (x >= 0).to(x.dtype)
 
 
 def _filter(logits: Tensor, marks: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the positives stand, and their scores; likewise the negatives that matter to any."""
+    """Find the positives and the negatives that matter to any.
+
+    Returns:
+        Where the positives stand, and their scores; likewise of the negatives.
+    """
     is_positive = marks == 1
     scores = logits[is_positive]
     relevant = (marks == 0) & (logits >= scores.min() - delta)
@@ -28,7 +32,7 @@ def _filter(logits: Tensor, marks: Tensor, delta: float) -> tuple[Tensor, Tensor
 
 
 def _gradient(logits: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
-    """By all logits: each part is where it stands and what stands there."""
+    """Lay out the gradient by all logits; each part is where it stands and what stands there."""
     gradient = torch.zeros_like(logits)
     for where, part in parts:
         gradient[where] = part
@@ -129,7 +133,7 @@ class FilteredSortAndBucket(GradientFromForward):
 
 
 def _sort(negatives: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All of them in descending order, where each came from, and which are negatives.
+    """Sort all in descending order; return them, where each came from, and which are negatives.
 
     A negative that ties with a positive counts as above it: it comes first and the sort is stable.
     """
@@ -138,7 +142,7 @@ def _sort(negatives: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _buckets(negatives: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The negatives in descending order, cut at every positive.
+    """Put the negatives in descending order, and cut them at every positive.
 
     Returns:
         order (R,): which negative stands where; bucket (R,): where it stands, the number of
@@ -162,7 +166,7 @@ def _buckets(negatives: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def _relate(
     scores: Tensor, loc_errors: Tensor, mean: Tensor, size: Tensor, delta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """cls; the gradient by the positives (P,), and by a member of each bucket (P + 1,)."""
+    """Return cls and the gradient by the positives (P,) and by a member of each bucket (P + 1,)."""
     above = _step(scores[None, :] - scores[:, None], delta).fill_diagonal_(0)
     false = _step(mean[None, :] - scores[:, None], delta)
     nfp = false @ size.to(scores.dtype)

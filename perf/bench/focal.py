@@ -21,7 +21,7 @@ ALPHA, GAMMA = 0.25, 2.0  # torchvision's defaults, those of RetinaNet
 
 
 def eager(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """torchvision's function, called as its RetinaNet does: on the anchors that are not ignored."""
+    """Call torchvision's function as its RetinaNet does: on the anchors that are not ignored."""
     from torchvision.ops import sigmoid_focal_loss
 
     valid = inputs.targets != -100
@@ -35,7 +35,7 @@ def eager(inputs: Inputs) -> Callable[[Tensor], Tensor]:
 
 
 def fused(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """One kernel forward and one backward: each reads the logits once, and class indices."""
+    """Return one kernel forward and one backward; each reads logits and class indices once."""
     compiled = _compiled(inputs.logits.shape, inputs.logits.dtype, inputs.logits.device)
     return lambda logits: compiled(logits, inputs.targets) / inputs.loc_errors.numel()
 
@@ -44,7 +44,7 @@ def fused(inputs: Inputs) -> Callable[[Tensor], Tensor]:
 def _compiled(
     shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compiled for one shape at a time: torch refuses a function that was compiled for too many."""
+    """Compile for one shape at a time: torch refuses a function that was compiled for too many."""
     torch.compiler.reset()
     return torch.compile(_expression, dynamic=False, fullgraph=True)
 
@@ -58,7 +58,7 @@ def _expression(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def exact(inputs: Inputs) -> Truth:
-    """The formula in float64, with the derivative by hand.
+    """Evaluate the formula in float64, with the derivative by hand.
 
     With u the logit of the wrong answer (s for a negative, -s for a positive) and a its weight:
 

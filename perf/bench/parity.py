@@ -40,7 +40,7 @@ class Parity(NamedTuple):
 
 
 def ranking(inputs: Inputs, by_image: bool = False) -> Truth:
-    """cls of aLRP and the gradient that rides on it, of the same logits upcast to float64."""
+    """Return cls of aLRP, and the gradient that rides on it, of the logits upcast to float64."""
     leaf = inputs.logits.double().requires_grad_()
     positives = inputs.loc_errors.numel()
     pairs = leaf.numel() * positives
@@ -59,7 +59,7 @@ def ranking(inputs: Inputs, by_image: bool = False) -> Truth:
 
 
 def compare(value: Tensor, gradient: Tensor, truth: Truth) -> Parity:
-    """Holds a loss to the truth.
+    """Hold a loss to the truth.
 
     float32 arithmetic may leave the error of a sum: in the value, and in each entry of the gradient
     beside the largest one. On top of it, the gradient is rounded once: it has to be the rounding,
@@ -85,7 +85,7 @@ def compare(value: Tensor, gradient: Tensor, truth: Truth) -> Parity:
 
 
 def _left_by_float32(terms: int) -> float:
-    """Relative error that a sum of `terms` numbers may have.
+    """Return the relative error that a sum of `terms` numbers may have.
 
     n independent roundings of up to u = 2^-24 each leave less than 8 sqrt(n) u, with probability
     1 - 2 exp(-8^2 / 2) (Higham and Mary, 2019): over 20 million sums at once that is 5e-7 short of

@@ -24,7 +24,11 @@ _CLASSES = 80
 def retinanet_call(
     images: Images | None = None, device: torch.device | None = None
 ) -> dict[str, Any]:
-    """One RetinaNet-sized call on boxes, real ones if there are: seconds, and forward's memory."""
+    """Time a call of RetinaNet's size, on real boxes if there are any.
+
+    Returns:
+        Seconds, and what forward takes of memory.
+    """
     device = device or torch.device("cpu")
     targets = retinanet_targets(images or drawn_images(_IMAGES))
     logits = draw_logits(targets, _CLASSES, "mid").to(device)
@@ -55,7 +59,7 @@ def retinanet_call(
 
 
 def retinanet_targets(images: Images, size: int = 512) -> Tensor:
-    """Class indices (N,) of RetinaNet's anchors over square images, all images in turn.
+    """Return class indices (N,) of RetinaNet's anchors over square images, all images in turn.
 
     Two scales and three ratios at each place of strides 8 to 128; positive from IoU 0.5 on, and the
     best anchor of each box; ignored between 0.4 and 0.5.
@@ -69,7 +73,7 @@ def retinanet_targets(images: Images, size: int = 512) -> Tensor:
 
 
 def coco_images(annotations: Path, number: int = _IMAGES, size: int = 512) -> Images:
-    """Boxes and classes of the images with most boxes in a COCO annotation file.
+    """Read boxes and classes of the images with most boxes from a COCO annotation file.
 
     Raises:
         ValueError: if it has no boxes, or not COCO's classes; and whatever reading it raises.
@@ -97,7 +101,7 @@ def coco_images(annotations: Path, number: int = _IMAGES, size: int = 512) -> Im
 
 
 def drawn_images(number: int, classes: int = _CLASSES, size: int = 512) -> Images:
-    """Boxes as COCO has them on average: seven an image, most of them small."""
+    """Draw boxes as COCO has them on average: seven an image, most of them small."""
     generator = torch.Generator().manual_seed(0)
     images = []
     for _ in range(number):

@@ -50,7 +50,7 @@ delta = 0 and an approximation otherwise: where that shows in its error, it gets
 
 
 def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
-    """Writes NAME.json, NAME.md and, where matplotlib is installed, NAME.png; their paths."""
+    """Write NAME.json, NAME.md and, where matplotlib is installed, NAME.png; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in SUFFIXES]
     try:
@@ -65,7 +65,7 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """What was to be reached, a table for each dtype and delta, losing rows too, and the rest."""
+    """Format the goals, a table for each dtype and delta with the losing rows too, and the rest."""
     facts = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     parts = [f"{facts}; a copy moves {report['bandwidth'] / 1e9:.3g} GB/s\n"]
     call = report.get("retinanet")
@@ -102,7 +102,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _both_algorithms(cells: list[tuple[str, dict[str, float]]]) -> str:
-    """Milliseconds of both, and of what was chosen, cell by cell."""
+    """Make a table of the milliseconds of both, and of what was chosen, cell by cell."""
     columns = list(dict.fromkeys(variant for _, seconds in cells for variant in seconds))
     rows = [
         (cell, *(f"{1e3 * seconds[x]:.3g}" if x in seconds else "-" for x in columns))
@@ -153,7 +153,7 @@ def _say_dropped(left_out: dict[str, Any]) -> str:
 
 
 def picture(report: dict[str, Any]) -> Figure:
-    """Time against P at the N with most of them, and against N likewise, with the floor."""
+    """Draw time against P at the N with most of them, and against N likewise, with the floor."""
     from matplotlib.figure import Figure
 
     rows = [row for row in report["rows"] if row["distribution"] == "mid" and row["parity"]]
@@ -177,14 +177,14 @@ def picture(report: dict[str, Any]) -> Figure:
 
 
 def _most_common(rows: list[Row], key: str) -> int | None:
-    """The value of `key` under which there are most different cells."""
+    """Return the value of `key` under which there are most different cells."""
     other = {"N": "P", "P": "N"}[key]
     values = Counter(value for value, _ in {(row[key], row[other]) for row in rows})
     return values.most_common(1)[0][0] if values else None
 
 
 def _styles() -> dict[str, tuple[str, str, str]]:
-    """Colour, line and marker of each variant, in the order of the legend."""
+    """Return colour, line and marker of each variant, in the order of the legend."""
     from ..palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
     return {
@@ -203,7 +203,7 @@ def _styles() -> dict[str, tuple[str, str, str]]:
 
 
 def _draw(axes: Axes, rows: list[Row], x: str) -> None:
-    """A line for each variant and its range; then the floor."""
+    """Draw a line for each variant with its range, then the floor."""
     for variant, delta in _series(rows):
         line = [row for row in rows if (row["variant"], row["delta"]) == (variant, delta)]
         line.sort(key=lambda row: row[x])
@@ -230,7 +230,7 @@ def _draw(axes: Axes, rows: list[Row], x: str) -> None:
 
 
 def _series(rows: list[Row]) -> list[tuple[str, float]]:
-    """What gets a line, as (variant, delta), in the order of `_styles`.
+    """Return what gets a line, as (variant, delta), in the order of `_styles`.
 
     Under the soft step, but for what is right under the hard one only; then this package stands
     beside it a second time.

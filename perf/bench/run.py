@@ -45,7 +45,7 @@ def run(
     until: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Fills the table of cells and variants.
+    """Fill the table of cells and variants.
 
     Args:
         cells: the workloads, the most important first.
@@ -90,7 +90,7 @@ def run(
 
 
 def forward_backward(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What is timed: the value, and the gradient by the logits."""
+    """Run what is timed: return the value, and the gradient by the logits."""
     leaf = logits.detach().requires_grad_()
     value = loss(leaf)
     value.backward()
@@ -106,7 +106,7 @@ def _fill(
     until: float | None,
     drop: Drop,
 ) -> list[dict[str, Any]]:
-    """The rows of one cell: what is known without the machine."""
+    """Return the rows of one cell, one for each variant that ran."""
     inputs = draw(cell, device)
     calls, parities = _hold_to_truth(cell, variants, inputs, device, drop)
     right = {name: call for name, call in calls.items() if parities[name].holds}
@@ -137,7 +137,7 @@ def _fill(
 
 
 def _timed(seconds: list[float], ours: list[float]) -> dict[str, Any]:
-    """The columns that are empty if the variant is wrong."""
+    """Return the columns that are empty if the variant is wrong."""
     times = Times.of(seconds) if seconds else None
     return {
         "rounds": len(seconds),
@@ -155,7 +155,7 @@ def _hold_to_truth(
     device: torch.device,
     drop: Drop,
 ) -> tuple[Calls, dict[str, Parity]]:
-    """Runs each variant once; what can run, as calls, and how right it is."""
+    """Run each variant once; return what can run, as calls, and how right it is."""
     truths: dict[Callable[[Inputs], Truth], Truth] = {}
     calls: Calls = {}
     parities = {}
@@ -182,7 +182,11 @@ def _hold_to_truth(
 def _take_memory(
     calls: Calls, gradient: int, device: torch.device
 ) -> tuple[dict[str, int | None], dict[str, float]]:
-    """Bytes of each call beyond those of its gradient, and its seconds; a warm-up as well."""
+    """Run each call once, as a warm-up too.
+
+    Returns:
+        Bytes of each call beyond those of its gradient, and its seconds.
+    """
     extra: dict[str, int | None] = {}
     seconds = {}
     for name, call in calls.items():
@@ -201,7 +205,7 @@ def _take_times(
     rounds: int,
     until: float | None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call. The n-th runs of all calls that have one stand side by side.
+    """Time each call; the n-th runs of all calls that have one stand side by side.
 
     A call that is expected to take long takes part in the first rounds only; `OURS` in all of them.
     """
@@ -224,14 +228,14 @@ def _take_times(
 
 
 def _ratio(seconds: list[float], ours: list[float]) -> float | None:
-    """Median over the rounds that both ran in of their time over ours."""
+    """Return the median, over the rounds that both ran in, of their time over ours."""
     if not seconds or not ours:
         return None
     return statistics.median(s / o for s, o in zip(seconds, ours, strict=False))
 
 
 def _finite(number: float) -> float | None:
-    """JSON has no NaN."""
+    """Return a number that JSON can hold: None for NaN and infinity."""
     return number if math.isfinite(number) else None
 
 

@@ -95,7 +95,7 @@ def verify(rows: Sequence[Row], standard: Standard) -> list[dict[str, Any]]:
 
 
 def missed(goals: Sequence[Row]) -> list[str]:
-    """Those that were not reached, a line each."""
+    """List the goals that were not reached, a line each."""
     return [
         f"{goal['what']}: {goal['found']:.3g}, to reach "
         f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g} ({goal['cell']})"
@@ -163,7 +163,10 @@ def _chosen(rows: Sequence[Row]) -> Iterator[Figure]:
 
 
 def compared(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Cells in which a backend was timed with both algorithms: seconds of both, and of ours."""
+    """Yield the cells in which a backend was timed with both algorithms.
+
+    Each comes with the seconds of both, and of ours.
+    """
     cells: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["seconds"] is not None:
@@ -178,5 +181,5 @@ def compared(rows: Sequence[Row]) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def name_of(row: Row) -> str:
-    """The cell of a row."""
+    """Name the cell of a row."""
     return str(Cell(row["N"], row["P"], row["distribution"], row["dtype"], row["delta"]))

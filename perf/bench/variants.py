@@ -33,7 +33,10 @@ class Variant(NamedTuple):
 
 
 def package(impl: str, algorithm: str, by_image: bool = False) -> Bind:
-    """aLRP of this package, cls alone: the gradient of the whole aLRP by the logits rides on it."""
+    """Bind aLRP of this package, cls alone.
+
+    The gradient of the whole aLRP by the logits rides on it.
+    """
 
     def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
         def loss(logits: Tensor) -> Tensor:
@@ -54,7 +57,10 @@ def package(impl: str, algorithm: str, by_image: bool = False) -> Bind:
 
 
 def from_forward(loss: type[baselines.GradientFromForward]) -> Bind:
-    """Another way to aLRP. It wants float32, so the copy of 16-bit logits counts as its own."""
+    """Bind another way to aLRP.
+
+    It wants float32, so the copy of 16-bit logits counts as its own.
+    """
 
     def bind(inputs: Inputs) -> Callable[[Tensor], Tensor]:
         marks, loc_errors, delta = inputs.marks, inputs.loc_errors, inputs.delta
@@ -68,7 +74,7 @@ def on_a_gpu(cell: Cell, device: str) -> str | None:
 
 
 def at_most_pairs(**most: float) -> Limit:
-    """Left out where it would take minutes: more pairs P N than `most` on the type of device."""
+    """Leave out what takes minutes: more pairs P N than `most` on the type of device."""
 
     def limit(cell: Cell, device: str) -> str | None:
         if cell.pairs <= most[device]:
@@ -79,7 +85,7 @@ def at_most_pairs(**most: float) -> Limit:
 
 
 def at_most_positives(**most: int) -> Limit:
-    """Left out where P x P numbers would not fit."""
+    """Leave out what has no room for P x P numbers."""
 
     def limit(cell: Cell, device: str) -> str | None:
         if cell.positives <= most[device]:

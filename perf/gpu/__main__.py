@@ -35,7 +35,7 @@ def make_parser() -> arguments.Parser:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what depends on whether it is a rehearsal is resolved."""
+    """Parse the command line; resolve what depends on whether it is a rehearsal."""
     parser = make_parser()
     options = parser.parse_args(given)
     if not (options.rehearse or torch.cuda.is_available()):
@@ -47,7 +47,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Parses the command line and runs; the exit status."""
+    """Parse the command line, run, and return the exit status."""
     options, parser = parse_arguments(given), make_parser()
     with arguments.importing("test"):
         import triton  # noqa: F401

@@ -36,7 +36,7 @@ _MARKED = ("kernels", "triton", "locate", "sorting", "boxes", "authors", "metric
 
 
 def parity(context: Context) -> Iterator[Task]:
-    """Full size: the operators and the public losses, each distribution and dtype."""
+    """Check operators and public losses at full size, with each distribution and dtype."""
     sizes = context.sizes
     hard = [(sizes.full, name, dtype, 1.0) for name in DISTRIBUTIONS for dtype in DTYPES]
     hard += [(sizes.full, "mid", "float32", 0.0), (sizes.full, "mid", "float32", 0.01)]
@@ -70,7 +70,7 @@ def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -
 
 
 def edges(context: Context) -> Iterator[Task]:
-    """Small calls of every form, and the ends of each range."""
+    """Check small calls of every form, and the ends of each range."""
     for algorithm, kernels in context.algorithms.items():
         hard = cases.edge_cases(context.sizes.edge, context.device)
         for name, draw in hard.items():
@@ -89,7 +89,7 @@ def edges(context: Context) -> Iterator[Task]:
 
 
 def repeatability(context: Context) -> Iterator[Task]:
-    """The same bits, run after run, and on another number of programs."""
+    """Check for the same bits, run after run, and on another number of programs."""
     draw = partial(cases.draw_case, context.sizes.full)
     for algorithm, kernels in context.algorithms.items():
         for distribution, dtype in (
@@ -123,7 +123,7 @@ def _repeat(
 
 
 def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
-    """What both promise: any grid, any gradient tile, and hard counts by any count tile."""
+    """Check what both promise: any grid, any gradient tile, and hard counts by any count tile."""
     case = draw()
     counts, gradients = kernels.count(*case.count_input), kernels.gradient(*case.gradient_input)
     module = counting(kernels)
@@ -145,7 +145,7 @@ def _regrid(draw: Callable[[], Case], kernels: Any) -> dict[str, Any]:
 
 
 def synchronisations(context: Context) -> Iterator[Task]:
-    """Forward and backward without the host waiting once."""
+    """Check that forward and backward run without the host waiting once."""
     yield from _in_each_way(context, _unwaiting)
     draw = partial(cases.draw_case, context.sizes.full, "mid", torch.float32)
     for algorithm in context.algorithms:
@@ -155,7 +155,7 @@ def synchronisations(context: Context) -> Iterator[Task]:
 
 
 def _in_each_way(context: Context, run: Callable[..., dict[str, Any]]) -> Iterator[Task]:
-    """A task for each way to call aLRP: run(context, draw, algorithm, padding)."""
+    """Yield a task for each way to call aLRP: run(context, draw, algorithm, padding)."""
     draw = partial(cases.draw_case, context.sizes.full, "mid", torch.float32)
     images = partial(cases.draw_in_images, context.sizes.full, "mid", torch.float32)
     ways = {
@@ -205,7 +205,7 @@ def _unwaiting_module(context: Context, draw: Callable[..., Case]) -> dict[str, 
 
 
 def graph(context: Context) -> Iterator[Task]:
-    """Forward and backward in a CUDA graph: with changed logits, the bits of the eager call."""
+    """Check a CUDA graph of forward and backward: the bits of the eager call, on changed logits."""
     return _in_each_way(context, _replay)
 
 
@@ -227,7 +227,7 @@ def _replay(
 
 
 def variants(context: Context) -> Iterator[Task]:
-    """Random sizes compile nothing new, once there is one of each."""
+    """Check that random sizes compile nothing new, once there is one of each."""
     for algorithm, kernels in context.algorithms.items():
         yield Task(algorithm, partial(_vary, context, kernels))
 
@@ -249,7 +249,7 @@ def _vary(context: Context, kernels: ModuleType) -> dict[str, Any]:
 
 
 def boxes(context: Context) -> Iterator[Task]:
-    """The localisation errors and their gradients beside torch's, and the degenerate boxes."""
+    """Check the localisation errors and gradients beside torch's, and the degenerate boxes."""
     kernels = box_tolerance.Backend("triton", context.device.type)
     draw = partial(box_tolerance.random_boxes, context.sizes.edge.anchors)
     for kind in KINDS:
@@ -261,7 +261,7 @@ def boxes(context: Context) -> Iterator[Task]:
 
 
 def _first(draw: Callable[[], tuple[Tensor, Tensor]], pairs: int) -> tuple[Tensor, Tensor]:
-    """Some of the boxes, from all over them."""
+    """Return some of the boxes, from all over them."""
     pred, target = draw()
     step = max(1, len(pred) // pairs)
     return pred[::step], target[::step]
@@ -280,7 +280,7 @@ def _judge_boxes(
 
 
 def compilation(context: Context) -> Iterator[Task]:
-    """torch.compile(fullgraph=True) of the loss gives the gradients of the eager one."""
+    """Check that torch.compile(fullgraph=True) of the loss gives the gradients of the eager one."""
     for algorithm in context.algorithms:
         yield Task(algorithm, partial(_compile, context, algorithm))
 
@@ -327,7 +327,7 @@ _WRONG = {
 
 
 def assertions(context: Context) -> Iterator[Task]:
-    """What only the device can know to be wrong ends in an assertion, and not in a number."""
+    """Check that what only the device knows to be wrong ends in an assertion, not in a number."""
     for name, (call, message) in _WRONG.items():
         yield Task(name, partial(_fail, context, call, message))
 
@@ -351,7 +351,7 @@ def _fail(context: Context, call: str, message: str) -> dict[str, Any]:
 
 
 def tests(context: Context) -> Iterator[Task]:
-    """Where pytest is there: the tests marked for a GPU, and those of the other kernels."""
+    """Run the tests marked for a GPU, and those of the other kernels, where pytest is there."""
     yield Task("pytest -m gpu", partial(_pytest, context, _MARKED, "-m", "gpu"))
     yield Task("Rank & Sort and skew", partial(_pytest, context, ("sorting", "skewed")))
 

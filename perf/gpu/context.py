@@ -91,15 +91,15 @@ class Context:
         self.until = float("inf")  # time.monotonic() at which the running step should end
 
     def check_health(self) -> None:
-        """Raises if an earlier error has left the device unusable."""
+        """Raise if an earlier error has left the device unusable."""
         torch.cuda.synchronize(self.device)
 
     def forbid_waiting(self) -> AbstractContextManager[Any]:
-        """In it, every synchronisation of the host raises."""
+        """Make every synchronisation of the host raise inside the block."""
         return _SynchronisationsRaise()
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What replays `step` from a CUDA graph."""
+        """Capture `step` in a CUDA graph and return what replays it."""
         return launches.capture(step)
 
     @cached_property
@@ -109,7 +109,7 @@ class Context:
 
     @cached_property
     def algorithms(self) -> dict[str, ModuleType]:
-        """Those that have kernels."""
+        """The algorithms that have kernels, by name."""
         return cases.algorithms(self.device)[0]
 
 
@@ -180,6 +180,6 @@ class Call:
         self.forward().backward()
 
     def results(self) -> list[Tensor]:
-        """Values, and the gradients by logits and by loc_errors."""
+        """Return the values, and the gradients by logits and by loc_errors."""
         leaves = (*self.logits, self.loc_errors)
         return [*(x.detach() for x in self.losses), *map(gradient_of, leaves)]

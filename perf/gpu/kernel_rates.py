@@ -53,7 +53,10 @@ def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, An
 
 
 def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Pairs a second by count and gradient, and the share of all instructions a GPU could issue."""
+    """Measure pairs a second by count and gradient.
+
+    With them goes the share of all instructions that a GPU could issue.
+    """
     device = case.scores.device
     tiles = pairwise.choose_tiles(case.batch)
     verify = Judge(case)
@@ -83,7 +86,7 @@ def _median(call: Step, device: torch.device, rounds: int) -> float:
 
 
 def _issued(task: Task, pairs_per_second: float, device: torch.device) -> float | None:
-    """Of the instructions that the schedulers could issue at the highest clock; NVIDIA only."""
+    """Return the share of what the schedulers could issue at the highest clock; NVIDIA only."""
     if not task.target.startswith("sm_") or (clock := _highest_clock()) is None:
         return None
     code = examine(task)
@@ -95,7 +98,7 @@ def _issued(task: Task, pairs_per_second: float, device: torch.device) -> float 
 
 
 def _highest_clock() -> float | None:
-    """Of the multiprocessors, in hertz."""
+    """Return the highest clock of the multiprocessors, in hertz."""
     command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

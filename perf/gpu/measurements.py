@@ -33,7 +33,7 @@ BENCHMARK = "bench"  # the name of its files
 
 
 def about(context: Context) -> Iterator[Task]:
-    """The machine, and which algorithms have kernels."""
+    """Report the machine, and which algorithms have kernels."""
 
     def machine() -> dict[str, Any]:
         found, missing = cases.algorithms(context.device)
@@ -54,7 +54,7 @@ def _output(*command: str) -> str:
 
 
 def memory(context: Context) -> Iterator[Task]:
-    """What forward and backward take beyond the logits and their gradient."""
+    """Measure what forward and backward take beyond the logits and their gradient."""
     for algorithm in context.algorithms:
         for dtype in ("float32", "bfloat16"):
             yield Task(f"{algorithm} {dtype}", partial(_peak, context, algorithm, dtype))
@@ -77,7 +77,7 @@ def _peak(context: Context, algorithm: str, dtype: str) -> dict[str, Any]:
 
 
 def timings(context: Context) -> Iterator[Task]:
-    """Forward and backward, eager and as a graph, stage by stage, and kernel by kernel."""
+    """Time forward and backward, eager and as a graph, stage by stage, and kernel by kernel."""
     for algorithm, kernels in context.algorithms.items():
         for dtype in ("float32", "bfloat16"):
             for distribution in DISTRIBUTIONS:
@@ -142,10 +142,10 @@ def _profile(context: Context, draw: Callable[[], Case], algorithm: str) -> dict
 
 
 def rates(context: Context) -> Iterator[Task]:
-    """What the choice among algorithms and primitives hangs on; each result is checked.
+    """Measure what the choice among algorithms and primitives hangs on; check each result.
 
-    Adds in memory, and the count that is made of them; look-ups; the instructions that pairwise
-    issues; how long breakpoints take to begin.
+    These are adds in memory, and the count that is made of them; look-ups; the instructions that
+    pairwise issues; how long breakpoints take to begin.
     """
     memory_rates, kernel_rates = (  # need triton
         importlib.import_module(f"perf.gpu.{name}") for name in ("memory_rates", "kernel_rates")
@@ -175,7 +175,7 @@ def rates(context: Context) -> Iterator[Task]:
 
 
 def benchmark(context: Context) -> Iterator[Task]:
-    """The package beside its peers."""
+    """Run the package beside its baselines."""
     yield Task("table", partial(_benchmark, context))
 
 
@@ -207,7 +207,7 @@ def _benchmark(context: Context) -> dict[str, Any]:
 
 @contextmanager
 def _tuned(context: Context) -> Iterator[None]:
-    """In it, the package takes the sizes and costs in the folder, if there are any."""
+    """Have the package take the sizes and costs in the folder, if there are any, in the block."""
     tuned = importlib.import_module("alrp_triton.kernels.tuning.files")
     before = os.environ.get(tuned.FOLDER)
     if tuned.find_file(timing.machine(context.device)["device"], str(context.out)):
@@ -221,7 +221,7 @@ def _tuned(context: Context) -> Iterator[None]:
 
 
 def tuning(context: Context) -> Iterator[Task]:
-    """Block sizes for this GPU, and what the algorithms cost by them."""
+    """Find block sizes for this GPU, and what the algorithms cost by them."""
     yield Task("sizes and costs", partial(_tune, context))
 
 

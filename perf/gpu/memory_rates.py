@@ -31,14 +31,14 @@ LOOK_UPS = (False, True)
 
 @triton.jit
 def _scatter(number):
-    """A hash of uint32 numbers: neighbours fall anywhere."""
+    """Hash uint32 numbers, so that neighbours fall anywhere."""
     number = (number ^ (number >> 16)) * 0x45D9F3B
     number = (number ^ (number >> 16)) * 0x45D9F3B
     return number ^ (number >> 16)
 
 
 def scatter(number: Tensor) -> Tensor:
-    """The hash that the kernels use, of int64 numbers below 2^32."""
+    """Hash int64 numbers below 2^32 as the kernels do."""
     for _ in range(2):
         number = ((number ^ (number >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return number ^ (number >> 16)
@@ -52,7 +52,7 @@ def _add_kernel(
     RANDOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds one to `repeats` * BLOCK counters."""
+    """Add one to `repeats` * BLOCK counters."""
     for repeat in range(0, repeats):
         block = tl.program_id(0) * repeats + repeat
         number = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.uint32)
@@ -69,7 +69,7 @@ def _look_up_kernel(
     GATHER: tl.constexpr,
     TABLE: tl.constexpr,
 ):
-    """The sum of `repeats` * TABLE entries of the table, anywhere in it."""
+    """Sum `repeats` * TABLE entries of the table, anywhere in it."""
     entry = tl.arange(0, TABLE)
     held = tl.load(table + entry)
     total = tl.zeros((TABLE,), tl.int32)
@@ -81,7 +81,7 @@ def _look_up_kernel(
 
 
 def add(counters: Tensor, programs: int, repeats: int, at_random: bool) -> None:
-    """Adds one `programs` * `repeats` * BLOCK times."""
+    """Add one `programs` * `repeats` * BLOCK times."""
     _add_kernel[(programs,)](
         counters=counters,
         repeats=repeats,
@@ -93,7 +93,7 @@ def add(counters: Tensor, programs: int, repeats: int, at_random: bool) -> None:
 
 
 def look_up(table: Tensor, out: Tensor, repeats: int, gather: bool) -> None:
-    """Sums `repeats` * TABLE entries for each entry of `out`."""
+    """Sum `repeats` * TABLE entries for each entry of `out`."""
     _look_up_kernel[(out.numel(),)](
         table=table, out=out, repeats=repeats, GATHER=gather, TABLE=TABLE, num_warps=8
     )
@@ -102,7 +102,7 @@ def look_up(table: Tensor, out: Tensor, repeats: int, gather: bool) -> None:
 def measure_adds(
     device: torch.device, slots: int, at_random: bool, programs: int, repeats: int, rounds: int
 ) -> dict[str, Any]:
-    """Atomic adds a second, and whether every counter is right after one launch."""
+    """Measure atomic adds a second, and whether every counter is right after one launch."""
     counters = torch.zeros(slots, dtype=torch.int64, device=device)
     number = programs * repeats * BLOCK
     add(counters, programs, repeats, at_random)
@@ -117,7 +117,7 @@ def measure_adds(
 def measure_look_ups(
     device: torch.device, gather: bool, programs: int, repeats: int, rounds: int
 ) -> dict[str, Any]:
-    """Look-ups a second, and whether their sums are right."""
+    """Measure look-ups a second, and whether their sums are right."""
     table = torch.arange(TABLE, dtype=torch.int32, device=device) * 7 % 1009
     out = torch.zeros(programs, dtype=torch.int64, device=device)
     look_up(table, out, repeats, gather)

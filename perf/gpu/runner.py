@@ -52,7 +52,7 @@ class Order(NamedTuple):
 
 
 def work(connection: Connection, make: type[Context], out: Path) -> None:
-    """Carries out orders until it is told None: says what begins, and what came of it."""
+    """Carry out orders until told None: say what begins, and what came of it."""
     context = make(out)
     while (order := connection.recv()) is not None:
         context.until = order.until
@@ -76,7 +76,7 @@ def work(connection: Connection, make: type[Context], out: Path) -> None:
 
 
 def attempt(task: Task, context: Context) -> dict[str, Any]:
-    """The result of a task, or its traceback; and whether the device has survived it."""
+    """Return the result of a task, or its traceback; and whether the device has survived it."""
     start = time.monotonic()
     try:
         row = task.run()
@@ -103,7 +103,7 @@ class Worker:
     def carry_out(
         self, order: Order, end: float, limit: float, keep: Callable[[dict[str, Any]], None]
     ) -> bool:
-        """Runs the tasks of an order from its first one on.
+        """Run the tasks of an order from its first one on.
 
         Args:
             order: the tasks.
@@ -146,7 +146,7 @@ class Worker:
             return False
 
     def dismiss(self) -> None:
-        """Lets the process end by itself, if it waits for an order."""
+        """Let the process end by itself, if it waits for an order."""
         if self._process is not None and self._process.is_alive():
             with contextlib.suppress(OSError):
                 self._connection.send(None)
@@ -154,7 +154,7 @@ class Worker:
         self.stop()
 
     def stop(self) -> None:
-        """Ends the process, however it is."""
+        """End the process, however it is."""
         if self._process is not None and self._process.is_alive():
             self._process.kill()
         if self._process is not None:
@@ -175,7 +175,7 @@ class Worker:
 
 
 def run(steps: Sequence[Step], make: type[Context], out: Path, minutes: float) -> Report:
-    """Runs the steps within the time, writes the report after each task, and returns it."""
+    """Run the steps within the time, write the report after each task, and return it."""
     start = time.monotonic()
     end = start + 60 * minutes - _MARGIN
     report: Report = {
@@ -233,7 +233,7 @@ def _run_step(
 
 
 def failures(report: Report) -> list[str]:
-    """What makes the exit status non-zero, by name."""
+    """Name what makes the exit status non-zero."""
     found = []
     for step in report["steps"]:
         for row in step["rows"]:
@@ -255,7 +255,7 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def line(entry: dict[str, Any]) -> str:
-    """One step in a line."""
+    """Format one step in a line."""
     rows = entry["rows"]
     bad = [row["task"] for row in rows if not row.get("ok", True)]
     left = sum("left_out" in row for row in rows)
@@ -271,7 +271,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def table(report: Report) -> str:
-    """What came of every step, the figures of those that measure, and what failed."""
+    """Tell what came of every step, the figures of those that measure, and what failed."""
     lines = ["REHEARSAL on a CPU: no figure here is one of a GPU"] if report["rehearsal"] else []
     lines += [line(entry) for entry in report["steps"]]
     for entry in report["steps"]:
@@ -285,7 +285,7 @@ def table(report: Report) -> str:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    """The numbers of a result, in short."""
+    """Format the numbers of a result, in short."""
     hidden = ("task", "took", "ok", "error", "missing")
     return ", ".join(f"{k} {_short(x)}" for k, x in row.items() if k not in hidden)
 
@@ -302,7 +302,7 @@ def _short(x: Any) -> str:
 
 
 def _write(report: Report, out: Path) -> None:
-    """Whole or not at all, since the command may be killed at any time."""
+    """Write a file whole or not at all, since the command may be killed at any time."""
     for name, text in (
         ("report.json", json.dumps(report, indent=1, default=str) + "\n"),
         ("report.md", f"```\n{table(report)}\n```\n"),

@@ -65,7 +65,7 @@ class Compiled(NamedTuple):
     warps: int | None  # that a multiprocessor holds at once; None of a GPU that is not in LIMITS
 
     def cost(self) -> float:
-        """What candidates are ranked by, where there is no time."""
+        """Return what candidates are ranked by, where there is no time."""
         share = 1.0 if self.warps is None else min(1.0, max(self.warps, 0.5) / _ENOUGH)
         return (self.instructions or 1.0) / share
 
@@ -83,7 +83,7 @@ class Task(NamedTuple):
         return "breakpoints" if isinstance(self.tiles, BreakpointTiles) else "pairwise"
 
     def code(self) -> Task:
-        """The same for all tasks that are the same machine code."""
+        """Return the same for all tasks that are the same machine code."""
         other = "gradient_" if self.side == "count" else "count_"
         of_no_code = ("count_programs", "programs", "block", "patterns")  # of the kernel examined
         fields = self.tiles._fields
@@ -94,7 +94,7 @@ class Task(NamedTuple):
 
 
 def target_of(device: torch.device) -> str:
-    """The compiler's name of a GPU; of the CPU, what it interprets."""
+    """Return the compiler's name of a GPU; of the CPU, what it interprets."""
     if device.type != "cuda":
         return "cpu"
     properties = torch.cuda.get_device_properties(device)
@@ -104,7 +104,7 @@ def target_of(device: torch.device) -> str:
 
 
 def resident_warps(registers: int, shared: int, warps: int, limits: Limits) -> int:
-    """Warps that a multiprocessor holds at once of a program that has `warps`."""
+    """Return how many warps a multiprocessor holds at once of a program that has `warps`."""
     by_registers = 4 * (512 // max(8, -(-registers // 8) * 8))
     programs = min(by_registers, limits.warps) // warps
     if shared + limits.reserved:
@@ -113,7 +113,7 @@ def resident_warps(registers: int, shared: int, warps: int, limits: Limits) -> i
 
 
 def examine(task: Task) -> Compiled | str:
-    """Compiles a task; a text says why that failed. Not under TRITON_INTERPRET."""
+    """Compile a task, or return a text on why that failed. Not under TRITON_INTERPRET."""
     from perf.machine_code import sass
 
     try:
@@ -130,7 +130,10 @@ def examine(task: Task) -> Compiled | str:
 
 
 def a_pair(code: Any, side: str, given: dict[str, Any]) -> float | None:
-    """Instructions of the innermost loop, of a pairwise kernel launched with these arguments."""
+    """Count the instructions a pair of a pairwise kernel, in its innermost loop.
+
+    The kernel was launched with the arguments `given`.
+    """
     pairs = given["BLOCK" if side == "count" else "FOLD"] * given["ROWS"]  # of a thread
     # Every H ends in a clamp; a loop around others has more instructions for each.
     clamps = [(loop, _clamps(loop)) for loop in code.loops]
@@ -143,7 +146,7 @@ def _clamps(loop) -> int:
 
 
 def a_logit(code: Any, side: str, given: dict[str, Any]) -> float:
-    """Instructions of the longest way that a full tile can take, of a breakpoint kernel."""
+    """Count the instructions a logit of a breakpoint kernel, on the longest way of a full tile."""
     from perf.machine_code import sass
 
     whole = side == "gradient"  # it has no loop around its tile
@@ -155,7 +158,7 @@ def a_logit(code: Any, side: str, given: dict[str, Any]) -> float:
 
 
 def _at_the_end(instruction: Any) -> bool:
-    """Whether it reads or writes the tile at the end of a level, which is not full.
+    """Return whether it reads or writes the tile at the end of a level, which is not full.
 
     That goes one by one, while a full tile may be read 16 bytes at a time under a predicate.
     """
@@ -192,7 +195,7 @@ class Compiler:
     def examine(
         self, tasks: Sequence[Task], until: float | None = None, shown: str | None = None
     ) -> list[Compiled | str | None]:
-        """In their order; None for what is not done at `until` (time.monotonic()).
+        """Examine tasks in order; None for what is not done at `until` (time.monotonic()).
 
         A name in `shown` goes before a progress bar.
         """
@@ -220,7 +223,7 @@ def _result(future: Future) -> Compiled | str | None:
 
 @contextmanager
 def compiler() -> Iterator[Compiler]:
-    """A `Compiler` on every core; what it has not begun when the block ends is dropped."""
+    """Yield a `Compiler` on every core; drop what it has not begun when the block ends."""
     number = min(12, os.cpu_count() or 1)
     pool = ProcessPoolExecutor(number, mp_context=get_context("spawn"))
     try:

@@ -61,7 +61,7 @@ class Instruction(NamedTuple):
         return not self.predicate and self.opcode.split(".")[0] in ("EXIT", "RET", "BRX", "JMP")
 
     def target(self, labels: dict[str, int]) -> int | None:
-        """Where it branches to."""
+        """Return where it branches to."""
         label = re.search(r"\.L_x_\d+", self.operands)
         return labels.get(label.group()) if self.opcode.startswith("BRA") and label else None
 
@@ -91,7 +91,7 @@ class Code(NamedTuple):
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collects the launches of every kernel inside the block; nothing runs."""
+    """Collect the launches of every kernel inside the block; nothing runs."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -106,19 +106,19 @@ def record() -> Iterator[list[Launch]]:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """`sm_90` or `gfx942` as Triton's target."""
+    """Return `sm_90` or `gfx942` as Triton's target."""
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
 
 
 def variant(launch: Launch, target: str = "sm_90") -> str:
-    """What the JIT compiles anew for: types, constants, and what it specialises on."""
+    """Return what the JIT compiles anew for: types, constants, and what it specialises on."""
     return str(_specialise(launch, make_backend(gpu_target(target)))[1:])
 
 
 def compile_launch(launch: Launch, target: str = "sm_90") -> Code:
-    """Compiles a launch for `target`, such as sm_80, sm_90, sm_100, gfx942."""
+    """Compile a launch for `target`, such as sm_80, sm_90, sm_100, gfx942."""
     gpu = gpu_target(target)
     options, signature, constants, attributes = _specialise(launch, make_backend(gpu))
     source = ASTSource(launch.kernel, signature, constants, attributes)
@@ -129,9 +129,10 @@ def compile_launch(launch: Launch, target: str = "sm_90") -> Code:
 
 
 def scattered(code: Code) -> list[str]:
-    """Accesses to memory in which the threads of a warp do not follow each other along a line.
+    """List the accesses to memory that are not coalesced.
 
-    They take more transactions, and where they add, more threads meet at one address.
+    The threads of a warp do not follow each other along a line there. Such accesses take more
+    transactions, and where they add, more threads meet at one address.
     """
     layouts = re.findall(
         r"^(#\w+) = #ttg\.blocked<\{.*?threadsPerWarp = \[(.*?)\]", code.layouts, re.M
@@ -142,7 +143,7 @@ def scattered(code: Code) -> list[str]:
 
 
 def _specialise(launch: Launch, backend: BaseBackend) -> tuple[Any, dict, dict, dict]:
-    """(options, signature, constants, attributes), by the JIT's own code."""
+    """Return (options, signature, constants, attributes), by the JIT's own code."""
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, options = bind(**launch.arguments)
@@ -181,7 +182,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions, and the address behind each label."""
+    """Return the instructions, and the address behind each label."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -219,7 +220,7 @@ def longest_path(
     whole: bool = False,
     without: Callable[[Instruction], object] = lambda instruction: False,
 ) -> int:
-    """The most instructions that one turn of a kernel's largest loop can take; NVIDIA only.
+    """Return the most instructions that a turn of a kernel's largest loop can take; NVIDIA only.
 
     Of two branches only one is counted, and a loop inside counts `turns` times. What runs only
     where the threads of a warp have come apart (BRA.DIV) is left out.
@@ -259,7 +260,7 @@ class _Flow:
             self.next[instruction.address] = after
 
     def loops(self, entry: int) -> dict[int, set[int]]:
-        """{head: the addresses that a loop repeats, loops inside included}."""
+        """Return {head: the addresses that a loop repeats, loops inside included}."""
         before: dict[int, list[int]] = {}
         bodies: dict[int, set[int]] = {}
         for address, following in self._back_edges(entry, before):
@@ -273,7 +274,7 @@ class _Flow:
         return bodies
 
     def _back_edges(self, entry: int, before: dict[int, list[int]]) -> list[tuple[int, int]]:
-        """Breakpoints to what is still being walked through; fills in what stands before what."""
+        """Return edges to what is still being walked through; fill in what stands before what."""
         found: list[tuple[int, int]] = []
         state = {entry: iter(self.next[entry])}
         path, done = [entry], set()
@@ -298,7 +299,7 @@ class _Flow:
         turns: int,
         closed: set[int],
     ) -> int:
-        """Instructions of the longest path from `start` to where it leaves the region."""
+        """Count the instructions of the longest path from `start` to where it leaves the region."""
         back = set(self._back_edges(start, {}))
         best: dict[int, float] = {}
         waiting = [start]

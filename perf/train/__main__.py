@@ -51,7 +51,7 @@ def make_parser() -> arguments.Parser:
 
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with `steps` and `test_images` resolved."""
+    """Parse the command line, and resolve `steps` and `test_images`."""
     options = make_parser().parse_args(given)
     options.steps = options.steps or (120 if options.quick else 600)
     options.test_images = 100 if options.quick else 300
@@ -59,7 +59,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs the comparison; returns the exit code: 0, or 130 after Ctrl-C."""
+    """Run the comparison; return the exit status: 0, or 130 after Ctrl-C."""
     options = parse_arguments(given)
     with arguments.importing("train"):
         from perf.train import comparison

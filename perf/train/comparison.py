@@ -29,7 +29,7 @@ class Trained:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit code: 0, or 130 if Ctrl-C ended it early, with a report of what there is."""
+    """Run it; return 0, or 130 if Ctrl-C ended it early, with a report of what there is."""
     started = time.perf_counter()
     if options.device.type == "cpu":
         # The operators are small: a second thread gains a fifth on idle cores, and waiting for it
@@ -106,7 +106,7 @@ def _write_report(
 
 
 def break_even_score(detections: Boxes, truths: Boxes) -> float:
-    """The score from which there are as many detections as objects, over all the canvases.
+    """Return the score from which there are as many detections as objects, over all the canvases.
 
     The level of a ranking loss's scores means nothing, so a fixed threshold would be unfair.
     """

@@ -48,7 +48,7 @@ class SmallBackbone(nn.Module):
 
 
 def small_retinanet() -> RetinaNet:
-    """RetinaNet for (1, 128, 128) images; labels in [0, 10)."""
+    """Build a RetinaNet for (1, 128, 128) images, with labels in [0, 10)."""
     backbone = SmallBackbone()
     anchors = AnchorGenerator(
         sizes=tuple((size, round(size * 2**0.5)) for size in (16, 32, 64)),
@@ -117,7 +117,7 @@ def _install_cross_entropy(model: RetinaNet) -> None:
 def cross_entropy(
     targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], matched_idxs: list[Tensor]
 ) -> Tensor:
-    """Sigmoid cross entropy, normalised as torchvision normalises focal loss.
+    """Return the sigmoid cross entropy, normalised as torchvision normalises focal loss.
 
     Stands in for `RetinaNetClassificationHead.compute_loss`. Per image the sum over all logits that
     are not ignored, over the number of positive anchors; the mean of that over the images. Nothing

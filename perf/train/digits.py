@@ -45,7 +45,7 @@ class DigitCanvases:
         self.noise = self.rng.standard_normal((_FIELD, _FIELD), np.float32)
 
     def batch(self, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """The next `size` canvases.
+        """Return the next `size` canvases.
 
         Returns:
             images: (1, 128, 128) float32 in [0, 1] each.
@@ -74,7 +74,7 @@ class DigitCanvases:
         return torch.from_numpy(canvas).clamp_(0, 1)[None], target
 
     def _clouds(self) -> np.ndarray:
-        """Low frequencies: the sum of three random grids, smoothly enlarged, in [-1, 1]."""
+        """Draw low frequencies: the sum of three random grids, smoothly enlarged, in [-1, 1]."""
         grids = (self.rng.uniform(-1, 1, (n, n)).astype(np.float32) for n in (8, 16, 32))
         clouds = sum(_resize(grid, _FIELD, _FIELD) for grid in grids)
         return clouds / np.abs(clouds).max()
@@ -84,7 +84,7 @@ class DigitCanvases:
         return field[y : y + CANVAS, x : x + CANVAS]
 
     def _paste_fragment(self, canvas: np.ndarray) -> None:
-        """Clutter: the middle of a digit, too little of it to tell which."""
+        """Paste clutter: the middle of a digit, too little of it to tell which."""
         glyph = self.glyphs[self.rng.integers(len(self.glyphs))]
         size = int(self.rng.integers(12, 31))
         opacity = _opacity(_resize(np.pad(glyph[3:6, 1:-1][:, :3], 1), size, size))
@@ -92,14 +92,18 @@ class DigitCanvases:
         self._blend(canvas, opacity, x, y)
 
     def _enlarged(self, glyph: np.ndarray) -> np.ndarray:
-        """The opacity of the digit at a random size and proportion."""
+        """Return the opacity of the digit at a random size and proportion."""
         rows, columns = glyph.shape  # with the empty pixels around the ink, hence the 2
         pixel_height = self.rng.uniform(*_HEIGHTS) / (rows - 2)
         pixel_width = pixel_height * self.rng.uniform(0.8, 1.25)
         return _opacity(_resize(glyph, round(rows * pixel_height), round(columns * pixel_width)))
 
     def _free_place(self, opacity: np.ndarray, boxes: list[Box]) -> tuple[int, int, Box] | None:
-        """A corner (x, y) where the digit overlaps little with those already there, and its box."""
+        """Find a corner (x, y) where the digit overlaps little with those already there.
+
+        Returns:
+            The corner and the digit's box, or None where no place was found.
+        """
         left, top, right, bottom = _extent(opacity)
         height, width = opacity.shape
         for _ in range(20):
@@ -111,7 +115,7 @@ class DigitCanvases:
         return None
 
     def _blend(self, canvas: np.ndarray, opacity: np.ndarray, x: int, y: int) -> None:
-        """Draws with an ink that is darker or lighter than what lies beneath, in place."""
+        """Draw with an ink that is darker or lighter than what lies beneath, in place."""
         patch = canvas[y : y + opacity.shape[0], x : x + opacity.shape[1]]
         contrast = self.rng.uniform(0.35, 0.5) * (1 if self.rng.random() < 0.5 else -1)
         ink = min(max(patch.mean() + contrast, 0.0), 1.0)
@@ -120,7 +124,7 @@ class DigitCanvases:
 
 @cache
 def _glyphs(split: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """The digits of a split, in [0, 1], cropped, and their labels."""
+    """Return the digits of a split, in [0, 1], cropped, and their labels."""
     if split not in ("train", "test"):
         raise ValueError(f'split: expected "train" or "test", got {split!r}')
     data = load_digits()
@@ -130,7 +134,7 @@ def _glyphs(split: str) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _cropped(image: np.ndarray) -> np.ndarray:
-    """The digit with one empty pixel around it, or strokes would end in a straight cut."""
+    """Return the digit with one empty pixel around it, or strokes would end in a straight cut."""
     ys, xs = np.nonzero(image > 0.25)
     return np.pad(image[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1], 1)
 
@@ -141,19 +145,22 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _opacity(intensity: np.ndarray) -> np.ndarray:
-    """Strokes with edges a few pixels wide, where the enlarged digit has broad slopes."""
+    """Give the strokes edges a few pixels wide, where the enlarged digit has broad slopes."""
     return (2.5 * intensity - 0.8).clip(0, 1)
 
 
 def _extent(opacity: np.ndarray) -> Box:
-    """The tight box of the ink."""
+    """Return the tight box of the ink."""
     ys = np.flatnonzero((opacity >= _INK).any(axis=1))
     xs = np.flatnonzero((opacity >= _INK).any(axis=0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
 def _overlap(a: Box, b: Box) -> float:
-    """Intersection over the smaller of the two, which also sees a small digit on a large one."""
+    """Return the intersection over the smaller of the two.
+
+    This also sees a small digit on a large one.
+    """
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]

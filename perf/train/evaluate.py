@@ -16,7 +16,7 @@ Boxes = list[dict[str, Tensor]]  # per image: boxes (T, 4) xyxy, labels (T,), an
 
 @torch.inference_mode()
 def detect(model: RetinaNet, images: list[Tensor], device: torch.device, batch: int = 50) -> Boxes:
-    """The model's detections, up to 100 an image in descending order of score, on the CPU."""
+    """Return the model's detections on the CPU: up to 100 an image, by descending score."""
     model.eval()
     detections = []
     for start in range(0, len(images), batch):
@@ -26,7 +26,7 @@ def detect(model: RetinaNet, images: list[Tensor], device: torch.device, batch: 
 
 
 def evaluate(detections: Boxes, truths: Boxes) -> dict[str, float]:
-    """AP, AP50, AP75, AP90 as COCO defines them and oLRP, in [0, 1], and rho, in [-1, 1].
+    """Return COCO's AP, AP50, AP75, AP90 and oLRP, in [0, 1], and rho, in [-1, 1].
 
     oLRP is that of `LRP`, and rho that of `score_iou_correlation` over the true positives, both at
     IoU 0.5 as COCO matches; rho is NaN where there is nothing to correlate.

@@ -116,7 +116,7 @@ class _Update:
     def __call__(
         self, images: list[Tensor], targets: list[dict[str, Tensor]], rate: float
     ) -> Tensor:
-        """Returns the loss, detached."""
+        """Take a step, and return the loss, detached."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         mark = self.recorder.stopwatch.mark
@@ -136,7 +136,7 @@ class _Update:
 
 
 def train(loss: str, seed: int, steps: int, optimizer_name: str, device: torch.device) -> Run:
-    """Trains until `steps` or Ctrl-C, with a progress bar.
+    """Train until `steps` or Ctrl-C, with a progress bar.
 
     For the same seed every loss gets the same initial weights and the same canvases.
     """
@@ -166,7 +166,7 @@ def train(loss: str, seed: int, steps: int, optimizer_name: str, device: torch.d
 
 
 def schedule(step: int, steps: int) -> float:
-    """The share of the peak learning rate: a linear warm-up, then half a cosine down to 0."""
+    """Return the share of the peak rate: a linear warm-up, then half a cosine down to 0."""
     warmup = max(steps // 20, 1)
     if step < warmup:
         return (step + 1) / warmup

@@ -14,7 +14,7 @@ from ..palette import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
 
 def save_curves(alrp: np.ndarray | None, ratios: dict[str, np.ndarray], path: Path) -> None:
-    """The aLRP Loss and its parts (Fig. 3 of the paper) and the gradient balance (Fig. 4, left).
+    """Draw the aLRP Loss and its parts (Fig. 3 of the paper), and the balance (Fig. 4, left).
 
     Args:
         alrp: (iterations, 3) with cls, loc and the self-balancing weight; None leaves Fig. 3 out.
@@ -75,7 +75,7 @@ def _draw_ratios(axes: Axes, ratios: dict[str, np.ndarray]) -> None:
 
 
 def _smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over consecutive windows, at the middle of each."""
+    """Return means over consecutive windows, at the middle of each."""
     count = len(values) // window
     means = values[: count * window].reshape(count, window).mean(axis=1)
     return (np.arange(count) + 0.5) * window, means
@@ -88,7 +88,7 @@ def save_detections(
     thresholds: dict[str, float],
     path: Path,
 ) -> None:
-    """A row of canvases per loss under a row of ground truth.
+    """Draw a row of canvases per loss under a row of ground truth.
 
     Args:
         images: (1, H, W) in [0, 1] each.

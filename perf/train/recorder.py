@@ -69,7 +69,7 @@ class LossProbe:
             self._gradient = gradient.detach()
 
     def after_iteration(self) -> None:
-        """Takes the magnitudes; apart from the hooks, or it would count as time of the loss."""
+        """Take the magnitudes; apart from the hooks, or it would count as time of the loss."""
         self.backward_ends.append(self._backward_end)
         classes = anchor_targets(*self._matching, self._gradient.shape[-1])
         self.magnitudes.append(gradient_magnitudes(self._gradient.flatten(0, 1), classes))
@@ -77,7 +77,7 @@ class LossProbe:
 
 
 def gradient_magnitudes(gradient: Tensor, classes: Tensor) -> Tensor:
-    """sum |dL/ds| over the negatives and over the positives, (2,) float64.
+    """Return sum |dL/ds| over the negatives and over the positives, (2,) float64.
 
     Args:
         gradient: (A, C), by the logits; zero where ignored.

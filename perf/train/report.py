@@ -37,7 +37,7 @@ class Result:
 
 
 def table(results: list[Result]) -> str:
-    """A Markdown table whose columns are aligned, so that it also reads well in a terminal."""
+    """Make a Markdown table whose columns are aligned, so that it also reads well in a terminal."""
     rows = [["loss", *MEASURES[:6], "neg/pos", *MEASURES[6:]]]
     for title in dict.fromkeys(result.title for result in results):
         rows.append(_row([result for result in results if result.title == title]))
@@ -45,7 +45,7 @@ def table(results: list[Result]) -> str:
 
 
 def save(results: list[Result], settings: dict, folder: Path) -> None:
-    """Writes results.json (everything) and results.md (the table and how to read it)."""
+    """Write results.json (everything) and results.md (the table and how to read it)."""
     runs = [{**vars(result), "measures": _finite(result.measures)} for result in results]
     document = {"settings": settings, "machine": machine(), "runs": runs}
     (folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -53,7 +53,7 @@ def save(results: list[Result], settings: dict, folder: Path) -> None:
 
 
 def _finite(measures: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
+    """Return a number that JSON can hold: None for NaN and infinity."""
     return {name: value if math.isfinite(value) else None for name, value in measures.items()}
 
 

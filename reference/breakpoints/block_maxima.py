@@ -18,7 +18,7 @@ RUN = 1 << LOG_RUN
 
 
 def find(x: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
-    """The places in x (n,), int64, of what is wanted.
+    """Return the places in x (n,), int64, of what is wanted.
 
     Of several where one is wanted, the highest must be wanted too.
     """
@@ -29,14 +29,14 @@ def find(x: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def run_maxima(x: Tensor) -> Tensor:
-    """The highest of each run of x (n,), NaN where it holds one."""
+    """Return the highest of each run of x (n,), NaN where it holds one."""
     whole = x.numel() // RUN * RUN
     highest = x[:whole].view(-1, RUN).amax(1)
     return highest if whole == x.numel() else torch.cat([highest, x[whole:].amax(0, True)])
 
 
 def in_runs(x: Tensor, runs: Tensor) -> Tensor:
-    """What stands in some runs of x (n,), one run after the other: they are given ascending."""
+    """Return what stands in some runs of x (n,), one after the other; the runs are ascending."""
     whole = x.numel() // RUN * RUN
     rows = x[:whole].view(-1, RUN)
     if runs.numel() and int(runs[-1]) * RUN == whole:
@@ -45,5 +45,5 @@ def in_runs(x: Tensor, runs: Tensor) -> Tensor:
 
 
 def where_in_runs(runs: Tensor, found: Tensor) -> Tensor:
-    """Where in x stands what was found in some runs of it."""
+    """Return where in x stands what was found in some runs of it."""
     return runs.index_select(0, found >> LOG_RUN).mul_(RUN).add_(found & (RUN - 1))

@@ -61,7 +61,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """Whatever is allocated and not written shows up as NaN."""
+    """Show whatever is allocated and not written as NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -75,7 +75,7 @@ def compilation_log(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation(request, compilation_log):
-    """`print_compiled` in a process without the interpreter, beside the other tests."""
+    """Run `print_compiled` in a process without the interpreter, beside the other tests."""
     wanted = any("machine_code" in item.fixturenames for item in request.session.items)
     if not wanted or importlib.util.find_spec("triton") is None:
         yield None
@@ -92,13 +92,13 @@ def compilation(request, compilation_log):
 
 @pytest.fixture(autouse=True)
 def large_programs(monkeypatch):
-    """To the interpreter a program of one pair costs as much as one of a thousand."""
+    """Enlarge the programs: to the interpreter one of a pair costs as much as one of a thousand."""
     if not HAS_GPU and importlib.util.find_spec("triton"):
         monkeypatch.setattr(importlib.import_module("alrp_triton.kernels.boxes"), "BLOCK", 1024)
 
 
 def generic_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Boxes as above without a tie: no corner is level with one of the other box."""
+    """Draw boxes as above without a tie: no corner is level with one of the other box."""
     pred, target = random_boxes(pairs, seed)
     return pred + torch.tensor([1, 3, 5, 7]) / 64, target
 
@@ -445,7 +445,7 @@ HOSTILE = (
 
 
 def hostile_boxes(pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Of coordinates from subnormal to infinite, mixed."""
+    """Draw boxes of coordinates from subnormal to infinite, mixed."""
     generator = torch.Generator().manual_seed(seed)
     coordinates = torch.tensor([*HOSTILE, -torch.inf])
     drawn = coordinates[torch.randint(len(coordinates), (pairs, 8), generator=generator)]
@@ -919,7 +919,7 @@ COMPILED = [("giou", torch.float32), *(("ciou", dtype) for dtype in DTYPES)]
 
 
 def print_compiled() -> None:
-    """Compiles the kernels for GPUs that are not there, in a process without the interpreter."""
+    """Compile the kernels for GPUs that are not there, in a process without the interpreter."""
     from alrp_triton.kernels import boxes
     from perf.machine_code.sass import compile_launch, record, variant
 

@@ -29,7 +29,7 @@ def fresh_compiler():
 
 
 def count_compilations():
-    """A backend that counts how often it is asked to compile, and a list to read it from."""
+    """Return a backend that counts how often it is asked to compile, and a list to read it from."""
     compiled = []
 
     def backend(graph, inputs):

@@ -30,7 +30,7 @@ def blocks_of(page: str) -> list[str]:
 
 
 def run_blocks(page: str, **given: object) -> dict:
-    """All Python blocks in turn, as a reader would paste them."""
+    """Run all Python blocks in turn, as a reader would paste them."""
     namespace = dict(given)
     for block in blocks_of(page):
         exec(compile(block, page, "exec"), namespace)
@@ -53,7 +53,7 @@ def test_examples_in_the_pages_run(page, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_lines_for_heads_of_the_authors_run():
-    """Those of the table, and the Python blocks in turn, on a class as theirs are."""
+    """The lines of the table run, then the Python blocks in turn, on a class as theirs are."""
 
     class BucketedRankSort(torch.autograd.Function):
         """Stands for a registered class, of which a head has an instance."""
@@ -95,7 +95,7 @@ def test_the_readme_is_short_and_works_anywhere():
 def test_files_that_documents_name_exist(document):
     text = (ROOT / document).read_text()
     linked = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
-    named = re.findall(r"`((?:alrp_triton|reference|tests|perf|docs)/[\w./]+)`", text)
+    named = re.findall(r"`((?:alrp_triton|reference|tests|perf|docs|examples)/[\w./]+)`", text)
     modules = [
         f"{name.replace('.', '/')}/__main__.py"
         for name in re.findall(r"python -m (perf\.\w+)", text)

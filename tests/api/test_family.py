@@ -63,7 +63,7 @@ def step(x: Tensor, delta: float) -> Tensor:
 
 
 def above(batch: Batch, others: Tensor) -> tuple[Tensor, Tensor]:
-    """H(x) of positives (rows) and `others` (columns) of one group, and the margins."""
+    """Return H(x) of positives (rows) and `others` (columns) of one group, and the margins."""
     mine = batch.targets == 1
     x = batch.logits[others] - batch.logits[mine][:, None]
     h = step(x, batch.delta)
@@ -73,7 +73,7 @@ def above(batch: Batch, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def among_positives(batch: Batch) -> Tensor:
-    """H(x_ik), 0 for k = i."""
+    """Return H(x_ik), 0 for k = i."""
     return above(batch, batch.targets == 1)[0].fill_diagonal_(0)
 
 
@@ -84,7 +84,7 @@ def counts_of(batch: Batch) -> Counts:
 
 
 def algorithm_1(h: Tensor, share: Tensor, errors: Errors) -> tuple[Tensor, Tensor, Tensor]:
-    """Spreads errors over those above: (loss, gradient by positives, gradient by the others).
+    """Spread errors over those above: (loss, gradient by positives, gradient by the others).
 
     Args:
         h: (P, M) H(x_ij).
@@ -102,7 +102,7 @@ def algorithm_1(h: Tensor, share: Tensor, errors: Errors) -> tuple[Tensor, Tenso
 
 
 def ranking(batch: Batch, errors: Errors) -> Truth:
-    """The errors spread over the negatives."""
+    """Spread the errors over the negatives."""
     h, margin = above(batch, batch.targets == 0)
     loss, by_positives, by_negatives = algorithm_1(h, h * margin**batch.skew, errors)
     gradient = torch.zeros_like(batch.logits)
@@ -112,7 +112,7 @@ def ranking(batch: Batch, errors: Errors) -> Truth:
 
 
 def sorting(batch: Batch) -> Truth:
-    """The sorting error of Rank & Sort, spread over the worse positives."""
+    """Spread the sorting error of Rank & Sort over the worse positives."""
     quality, h = batch.values, among_positives(batch)
     h.fill_diagonal_(1)
     fine = h * (quality >= quality[:, None])
@@ -126,7 +126,7 @@ def sorting(batch: Batch) -> Truth:
 
 
 def own_loss(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """What nobody has thought of: a root of the rank, with the values as a margin."""
+    """Return l, l* and Z that nobody has thought of: a root of the rank, values as a margin."""
     worst = counts.rank.sqrt() + counts.value_sum.sin()
     return worst, counts.rank_positive.sqrt() - counts.values, counts.num_positives**2 + 1
 
@@ -142,7 +142,7 @@ def truth_of(loss: str, batch: Batch) -> list[Truth]:
 
 
 def call(loss: str, batch: Batch, logits: Tensor, **settings) -> tuple[Tensor, ...]:
-    """The public function: what `truth_of` describes."""
+    """Call the public function that `truth_of` describes."""
     settings = {**batch.settings, **settings}
     if batch.skew or loss == "own":
         arguments = logits, batch.targets, ERRORS[loss], batch.values
@@ -157,7 +157,7 @@ def call(loss: str, batch: Batch, logits: Tensor, **settings) -> tuple[Tensor, .
 
 @st.composite
 def batches(draw, skew: bool = False):
-    """A list with ties or outliers, 0 to 12 positives, and groups of several kinds."""
+    """Draw a list with ties or outliers, 0 to 12 positives, and groups of several kinds."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     size = draw(st.integers(1, 60))
     logits = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -182,7 +182,7 @@ def batches(draw, skew: bool = False):
 
 
 def check(loss: str, batch: Batch, accuracy: float = 1e-9, balance: float = 1e-12, **settings):
-    """Values (Theorem 1), every entry of the gradients, and their balance (Theorem 2)."""
+    """Check values (Theorem 1), every entry of the gradients, and their balance (Theorem 2)."""
     expected = truth_of(loss, batch)
     for part, truth in enumerate(expected):
         leaf = batch.logits.clone().requires_grad_()

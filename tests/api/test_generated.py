@@ -27,7 +27,7 @@ ON_A_GPU = {**IN_TORCH, "small sizes": 20}
 
 
 def runs() -> list[tuple[tuple[str, str], str, int]]:
-    """(road, kind of cases, how many) of each test."""
+    """Return (road, kind of cases, how many) of each test."""
     kernels = ON_A_GPU if HAS_GPU else IN_INTERPRETER
     return [
         (road, kind, number * SCALE)

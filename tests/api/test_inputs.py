@@ -28,7 +28,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """Whatever is allocated and not written shows up as NaN."""
+    """Show whatever is allocated and not written as NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -41,7 +41,7 @@ def algorithm(request):
 
 
 def both(logits, targets, loc_errors, **settings):
-    """(cls, loc, gradient by logits, gradient by loc_errors) of fresh leaves."""
+    """Return (cls, loc, gradient by logits, gradient by loc_errors) of fresh leaves."""
     levels = logits if isinstance(logits, list) else [logits]
     leaves = [level.detach().clone().requires_grad_() for level in levels]
     loc_leaf = loc_errors.detach().clone().requires_grad_()
@@ -246,7 +246,7 @@ def test_float64_is_computed_in_float64(algorithm):
 
 
 def as_maps(x):
-    """(240, 4) anchors as maps (4, 4, 6, 10), a permuted view."""
+    """View (240, 4) anchors as maps (4, 4, 6, 10), permuted."""
     return x.reshape(4, 6, 10, 4).permute(0, 3, 1, 2)
 
 
@@ -707,7 +707,10 @@ FUNCTIONS = {
 
 
 def gives_finite_values_or_names_an_argument(call, names):
-    """Nothing else: neither an error of another form, nor a number that is none."""
+    """Check that a call gives finite values, or an error that names one of its arguments.
+
+    It gives nothing else: neither an error of another form, nor a number that is none.
+    """
     message = ""
     try:
         results = call()
@@ -934,7 +937,7 @@ LOSSES = {
 
 @pytest.fixture(params=LOSSES)
 def case(request):
-    """(a loss of logits and values, logits, values, the gradient by the logits)."""
+    """Return (a loss of logits and values, logits, values, the gradient by the logits)."""
     logits, targets = detector_batch("spread", 60, 3, 12)
     values, leaf = torch.rand(12), logits.clone().requires_grad_()
     LOSSES[request.param](leaf, targets, values).backward()

@@ -32,7 +32,7 @@ print(pairwise.__file__)
 
 
 def _missing() -> str | None:
-    """Why nothing can be built and installed here, if so: what it takes is not fetched."""
+    """Tell why nothing can be built and installed here, if so: what it takes is not fetched."""
     try:
         found = {name: int(version(name).split(".")[0]) for name in ("pip", "setuptools")}
     except PackageNotFoundError as error:
@@ -47,7 +47,7 @@ needs_setuptools = pytest.mark.skipif(_missing() is not None, reason=str(_missin
 
 
 def run(*command: str | Path, cwd: Path, status: int = 0) -> str:
-    """What a command prints, errors too; nothing leads it to another copy of the package."""
+    """Return what a command prints, errors too; nothing leads it to another copy of the package."""
     environment = {k: x for k, x in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [str(x) for x in command], cwd=cwd, env=environment | {"PIP_NO_INPUT": "1"},
@@ -58,13 +58,13 @@ def run(*command: str | Path, cwd: Path, status: int = 0) -> str:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """The checkout as it is fetched: its link a link, without what was built in it."""
+    """Copy the checkout as it is fetched: its link a link, without what was built in it."""
     ignored = shutil.ignore_patterns(".git", *IGNORED)
     return Path(shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=ignored))
 
 
 def install(folder: Path, *what: str | Path) -> Path:
-    """The Python of a new environment that sees this one's packages, with this one installed."""
+    """Install into a new environment that sees this one's packages; return its Python."""
     environment = folder / "environment"
     venv.create(environment, with_pip=False, symlinks=os.name != "nt")
     python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -79,7 +79,7 @@ def install(folder: Path, *what: str | Path) -> Path:
 
 
 def test_a_checkout_works_where_it_stands():
-    """Without any installation, in its own folder."""
+    """It works without any installation, in its own folder."""
     gradient, package, reference = run(sys.executable, "-c", CALL, cwd=ROOT).splitlines()
     assert gradient == "[0.5, -0.5, 0.0]"
     assert package == str(ROOT / "alrp_triton" / "__init__.py")
@@ -88,7 +88,7 @@ def test_a_checkout_works_where_it_stands():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A checkout after `pip install .`, and the Python that it was installed for."""
+    """Return a checkout after `pip install .`, and the Python that it was installed for."""
     folder = tmp_path_factory.mktemp("installed")
     checkout = copy_checkout(folder)
     return checkout, install(folder, checkout)
@@ -107,7 +107,7 @@ def test_an_installed_package_works_anywhere(installed, tmp_path):
 
 @needs_setuptools
 def test_an_installed_package_works_in_its_checkout(installed):
-    """Where the checkout's own folders come first."""
+    """There the checkout's own folders come first."""
     checkout, python = installed
     _, package, reference = run(python, "-c", CALL, cwd=checkout).splitlines()
     assert package == str(checkout / "alrp_triton" / "__init__.py")
@@ -142,7 +142,7 @@ def test_an_editable_installation_is_its_checkout(tmp_path):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """The wheel and the unpacked source distribution of a checkout, and what was printed."""
+    """Return the wheel and the unpacked source distribution of a checkout, and what was printed."""
     folder = tmp_path_factory.mktemp("packed")
     checkout = copy_checkout(folder)
     printed = [
@@ -164,7 +164,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 
 def files_of_the_checkout() -> list[str]:
-    """Those under version control; without git, those that are not ignored."""
+    """List what is under version control; without git, what is not ignored."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         found = run("git", "ls-files", cwd=ROOT).splitlines()
         return [name for name in found if not (ROOT / name).is_symlink()]

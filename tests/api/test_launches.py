@@ -45,7 +45,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def launch(self, kernel: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
-        """Counts a launch; what the interpreter asks of torch meanwhile is nobody's."""
+        """Count a launch; what the interpreter asks of torch meanwhile is nobody's."""
         self.kernels[kernel.fn.__name__] += 1
         self.interpreting = True
         try:
@@ -74,7 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def train(cell: workloads.Cell, launches: Launches, algorithm: str) -> None:
-    """One forward and backward of aLRP, of both its parts."""
+    """Run aLRP once, forward and backward, with both its parts."""
     inputs = workloads.draw(cell, DEVICE)
     logits = inputs.logits.clone().requires_grad_()
     loc_errors = inputs.loc_errors.clone().requires_grad_()

@@ -54,7 +54,7 @@ def test_module_is_the_functions(box_loss, tau):
 
 
 def test_a_loss_may_be_changed_in_place():
-    """As detectors do that weigh their losses by `loss *= weight`."""
+    """Detectors do so that weigh their losses by `loss *= weight`."""
     logits, targets, *_ = batch()
     gradients = []
     for in_place in (False, True):
@@ -246,7 +246,7 @@ WRONG_SETTINGS = {
 
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
 def test_every_setting_is_checked_when_the_loss_is_made(name):
-    """By its type or its value: named, with what was expected and what came."""
+    """A wrong type or value is named, with what was expected and what came."""
     losses, wrong_types, wrong_values = WRONG_SETTINGS[name]
     for error, values in (((TypeError, ValueError), wrong_types), (ValueError, wrong_values)):
         for loss in losses:
@@ -256,7 +256,7 @@ def test_every_setting_is_checked_when_the_loss_is_made(name):
 
 
 def test_numbers_of_numpy_are_numbers():
-    """As a configuration file, or arithmetic with arrays, hands them over."""
+    """A configuration file, or arithmetic with arrays, hands them over."""
     settings = {"delta": np.float32(0.5), "ignore_index": np.int64(-1)}
     for loss in EVERY_LOSS:
         criterion = loss(**settings)
@@ -277,7 +277,7 @@ class Scripted(nn.Module):
         self.criterion = criterion
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inference."""
+        """Infer, without a loss."""
         return self.layer(x)
 
 
@@ -285,7 +285,7 @@ class ScriptedAP(Scripted):
     """One that calls it in training mode."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             return self.criterion(self.layer(x), targets)
         return self.layer(x)
@@ -295,7 +295,7 @@ class ScriptedALRP(Scripted):
     """The same, with boxes, and keywords."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             out = self.criterion([self.layer(x)], [targets], pred_boxes=x, target_boxes=x)
             return out.loss + out.cls
@@ -306,7 +306,7 @@ class ScriptedRankSort(Scripted):
     """The same, with qualities."""
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Loss or logits."""
+        """Return the loss in training mode, else the logits."""
         if self.training:
             return self.criterion(self.layer(x), targets, x[:, 0]).sorting
         return self.layer(x)

@@ -39,13 +39,13 @@ MEASURES = ("olrp", "olrp_loc", "olrp_fp", "olrp_fn")
 
 
 def detections(*rows) -> dict[str, torch.Tensor]:
-    """Of rows (x1, y1, x2, y2, score, label)."""
+    """Make detections of rows (x1, y1, x2, y2, score, label)."""
     table = torch.from_numpy(np.array(rows, dtype=float).reshape(-1, 6))
     return {"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long()}
 
 
 def truths(*rows) -> dict[str, torch.Tensor]:
-    """Of rows (x1, y1, x2, y2, label, is a crowd)."""
+    """Make ground truth of rows (x1, y1, x2, y2, label, is a crowd)."""
     table = torch.from_numpy(np.array(rows, dtype=float).reshape(-1, 6))
     return {
         "boxes": table[:, :4],
@@ -61,7 +61,7 @@ def evaluate(preds, target, **settings) -> dict[str, torch.Tensor]:
 
 
 def random_images(images: int, seed: int = 0, grid: float | None = None, most: int = 12):
-    """Detections around the ground truth and elsewhere; rounded to a grid, ties abound."""
+    """Draw detections around the ground truth and elsewhere; rounded to a grid, ties abound."""
     rng = np.random.default_rng(seed)
     preds, target = [], []
     for _ in range(images):
@@ -104,8 +104,11 @@ def plain_area(box) -> float:
 
 
 def plain_match(preds, target, label, tau, area=ALL, most=100, least_score=-math.inf):
-    """Of a class, one after the other: IoU of each true positive, number of false ones and of
-    ground truths, from the detections that score enough.
+    """Match a class, one detection after the other.
+
+    Returns:
+        The IoU of each true positive, the number of false ones and of ground truths, from the
+        detections that score enough.
     """
     ious, false, positives = [], 0, 0
     for found, truth in zip(preds, target, strict=True):
@@ -146,7 +149,11 @@ def plain_match(preds, target, label, tau, area=ALL, most=100, least_score=-math
 
 
 def plain_lrp(preds, target, label, tau, area=ALL, most=100):
-    """Eq. 6 at every score: oLRP, its components and the threshold, NaN where there is none."""
+    """Evaluate Eq. 6 at every score.
+
+    Returns:
+        oLRP, its components and the threshold, NaN where there is none.
+    """
     scores = {s for found in preds for s in found["scores"][found["labels"] == label].tolist()}
     best = (math.nan, math.nan, math.nan, math.nan, math.nan)
     for score in sorted(scores, reverse=True):
@@ -385,7 +392,7 @@ def test_a_call_returns_the_batch_and_adds_it():
 
 
 def test_the_order_of_images_detections_and_ground_truths_does_not_matter():
-    """To the last bit, where no scores and no IoUs are equal."""
+    """Results are equal to the last bit, where no scores and no IoUs are equal."""
     preds, target = random_images(9, seed=1)
     expected = evaluate(preds, target, areas=COCO_AREAS)
     shuffled = np.random.default_rng(0)
@@ -501,7 +508,7 @@ def test_wrong_input_is_named(preds, target, error, message):
     ],
 )
 def test_numbers_that_mean_nothing_are_named_when_they_come(part, key, value, message):
-    """By image and box, before anything is added; the first image has none."""
+    """An error names image and box, before anything is added; the first image has none."""
     nothing = {name: torch.tensor([]) for name in GOOD}
     wrong = {name: values.clone() for name, values in (GOOD | TRUTH).items()}
     wrong[key] = wrong[key].double() if wrong[key].is_floating_point() else wrong[key]
@@ -519,7 +526,7 @@ def test_numbers_that_mean_nothing_are_named_when_they_come(part, key, value, me
 
 
 def test_an_update_waits_for_the_device_once():
-    """However many images it has."""
+    """It does so however many images it has."""
 
     def waits(images: int) -> int:
         preds, target = random_images(images, seed=11)
@@ -569,7 +576,7 @@ WRONG_NAMES = ["", " ", "a b", "1", "a-b", 3, None, (0, 1), *CLASHES]
 
 
 def assert_form(name: str, call) -> None:
-    """It raises, and says which argument, what was expected and what came."""
+    """Check that a call raises, and says which argument, what was expected and what came."""
     with pytest.raises((TypeError, ValueError)) as error:
         call()
     assert re.match(re.escape(name) + r"[^:]*: expected .+, got .+", str(error.value)), error.value
@@ -686,7 +693,7 @@ def test_wrong_fields_are_named(name, key):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (0, 1), (1, 0)], ids=str)
 def test_an_empty_tensor_has_no_dtype_and_no_shape(dtype, shape):
-    """As torchvision's reference conversion leaves an image without annotations."""
+    """torchvision's reference conversion leaves an image without annotations so."""
     preds, target = random_images(5, seed=12)
     nothing = dict.fromkeys(TRUTH, torch.zeros(shape, dtype=dtype))
     none = dict.fromkeys(GOOD, torch.zeros(shape, dtype=dtype))
@@ -921,7 +928,7 @@ def test_no_cast_touches_what_is_kept():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device that isn't the CPU: meta, taken for one that holds numbers."""
+    """Return a device that isn't the CPU: meta, taken for one that holds numbers."""
     monkeypatch.setattr(metrics, "home", lambda device: device)
 
 
@@ -979,7 +986,7 @@ def test_what_is_loaded_moves_here(elsewhere):
 
 
 def test_ranks_without_images_gather_from_their_own_device(monkeypatch, elsewhere):
-    """As NCCL needs it, and in the dtypes of the others."""
+    """NCCL needs that; the dtypes are those of the others."""
     pytest.importorskip("torchmetrics")
     monkeypatch.setattr(matching, "_check_values", lambda *_: None)
     preds, target = random_images(2)
@@ -1013,7 +1020,7 @@ def test_a_device_without_float64_or_numbers_leaves_all_on_the_cpu(device):
 
 
 def test_a_call_that_raises_changes_nothing():
-    """Neither what was kept nor how it is computed, whether the batch is refused or breaks off."""
+    """What was kept and how it is computed stay, whether the batch is refused or breaks off."""
     preds, target = random_images(6, seed=20)
     metric = LRP(areas=COCO_AREAS)
     metric.update(preds[:2], target[:2])
@@ -1074,7 +1081,7 @@ def test_scripted_models_may_hold_the_metric():
 
 
 def average_precision(matches: matching.Matches, points: int = 101) -> float:
-    """COCO's: precision made monotone, at evenly spaced recalls, mean over classes."""
+    """Return COCO's AP: precision made monotone, at evenly spaced recalls, mean over classes."""
     values = []
     for label in matches.truth_labels[matches.counted].unique():
         positives = int((matches.truth_labels[matches.counted] == label).sum())
@@ -1116,7 +1123,7 @@ def coco_evaluation(preds, target):
 
 @pytest.mark.parametrize("grid", [None, 4], ids=["distinct", "ties"])
 def test_average_precision_is_cocos(grid):
-    """At three IoUs and in all ranges of areas, as faster-coco-eval finds it."""
+    """It is what faster-coco-eval finds at three IoUs and in all ranges of areas."""
     preds, target = random_images(40, seed=6, grid=grid)
     precision = coco_evaluation(preds, target).eval["precision"]  # IoU, recall, class, area, most
     for row, tau in ((0, 0.5), (5, 0.75), (8, 0.9)):
@@ -1305,7 +1312,7 @@ def test_wrong_positives_are_named(function, arguments, error, message):
 
 
 def count_operators(call, name: str = "") -> int:
-    """Operators of torch that it dispatches, of this name or all."""
+    """Count the operators of torch that it dispatches, of this name or all."""
     found = []
 
     class Counter(TorchDispatchMode):
@@ -1319,7 +1326,7 @@ def count_operators(call, name: str = "") -> int:
 
 
 def images_like_cocos(images: int, most: int):
-    """7 objects and as many detections as given in each image, the last of one class."""
+    """Draw images of 7 objects and as many detections as given, the last of one class."""
     rng = np.random.default_rng(0)
     preds, target = [], []
     for _ in range(images):
@@ -1420,7 +1427,7 @@ def test_in_a_metric_collection():
 
 @pytest.mark.parametrize("first", [0, 2, 5])
 def test_states_of_two_metrics_merge(first):
-    """Also where one of them has seen nothing, and after a move or a copy."""
+    """One of them may have seen nothing, and either may have been moved or copied."""
     pytest.importorskip("torchmetrics")
     preds, target = random_images(5, seed=9)
     metric, other = LRP(areas=COCO_AREAS), LRP(areas=COCO_AREAS)

@@ -56,7 +56,7 @@ class Call:
     def run(
         self, run: tuple[tuple[str, str], str], grouped: bool = False, padding: int = 0
     ) -> tuple[list[Tensor], Tensor]:
-        """The values, and the gradient of their sum by the logits."""
+        """Return the values, and the gradient of their sum by the logits."""
         (impl, algorithm), loss = run
         places = (self.targets == 0).nonzero()[:, 0]
         settings: dict[str, Any] = {"impl": impl, "algorithm": algorithm}
@@ -82,7 +82,7 @@ RUNS = [
 
 @pytest.fixture(params=RUNS, ids=lambda run: " ".join((*run[0], run[1])))
 def run(request: pytest.FixtureRequest) -> tuple[tuple[str, str], str]:
-    """Each backend with each algorithm, and each loss."""
+    """Return a backend with an algorithm, and a loss: each with each."""
     if request.param[0][0] == "triton":
         pytest.importorskip("triton")
     return request.param

@@ -22,7 +22,7 @@ from alrp_triton.losses import _Weighted
 
 
 def feed(balance: SelfBalance, iterations: int = 200, seed: int = 0):
-    """Updates with losses near those of a detector, and the weight that comes of it, exactly."""
+    """Update with losses near those of a detector; return the weight that comes of it, exactly."""
     generator = torch.Generator().manual_seed(seed)
     losses = torch.rand(iterations, 2, generator=generator) * torch.tensor([0.9, 0.02])
     for cls, loc in losses:
@@ -53,12 +53,12 @@ class Detector(nn.Module):
         self.criterion = ALRPLoss(balance=balance)
 
     def forward(self, logits, targets, pred_boxes, target_boxes):
-        """The criterion, on scaled logits."""
+        """Apply the criterion to scaled logits."""
         return self.criterion(self.scale(logits), targets, pred_boxes, target_boxes)
 
 
 def fsdp_buffers(model: nn.Module, dtype: torch.dtype) -> None:
-    """What FSDP does with `MixedPrecision(buffer_dtype=...)`, by its own function."""
+    """Do what FSDP does with `MixedPrecision(buffer_dtype=...)`, by its own function."""
     runtime = pytest.importorskip("torch.distributed.fsdp._runtime_utils")
     buffers = list(model.buffers())
     runtime._cast_buffers_to_dtype_and_device(buffers, [dtype] * len(buffers), torch.device("cpu"))
@@ -81,7 +81,7 @@ CASTS = {
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_no_cast_reaches_the_statistics(cast):
-    """Before the first iteration, in the middle of an epoch, and with a weight that is in use."""
+    """It may come before the first iteration, in an epoch, and with a weight that is in use."""
     balance = SelfBalance(initial=46.3)
     model = Detector(balance)
     cast(model)
@@ -333,7 +333,7 @@ def test_copies_go_on_alike_and_apart(make):
 
 
 def averages():
-    """Averaging models over two epochs of one, with buffers or without."""
+    """Average models over two epochs of one, with buffers or without."""
     model = Detector(SelfBalance(initial=50.0))
     by_copy = swa_utils.AveragedModel(model)
     ema = swa_utils.get_ema_multi_avg_fn(0.9)
@@ -352,7 +352,7 @@ def test_averaging_models_have_a_weight_between():
 
 
 def test_the_state_dict_averages_as_numbers():
-    """As timm and others average what it refers to."""
+    """timm and others average what it refers to."""
     balance, average = SelfBalance(), SelfBalance()
     balance.weight = torch.tensor(10.0)
     for mean, value in zip(
@@ -399,7 +399,7 @@ def test_an_update_by_hand_always_counts():
 
 
 def gradients(region, wrap, calls: int = 1, **settings):
-    """Loss and gradients of some calls of a criterion before one backward, and its balance."""
+    """Return loss and gradients of some calls before one backward, and the criterion's balance."""
     criterion = ALRPLoss(balance=SelfBalance(**settings))
     losses, leaves = [], []
     for seed in range(calls):
@@ -537,7 +537,7 @@ def test_compiled_validation_does_not_count():
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    """As on Apple's MPS: the CPU stands in for a device that knows float32 alone."""
+    """Let the CPU stand in for a device that knows float32 alone, as Apple's MPS."""
     monkeypatch.setattr(self_balance, "lacks_float64", lambda device: device.type == "cpu")
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """The modules that a file imports, whole names; of `from a import b` also a.b."""
+    """Yield the modules that a file imports, whole names; of `from a import b` also a.b."""
     name = list(path.relative_to(ROOT).with_suffix("").parts)
     if name[0] == "reference":
         name = ["alrp_triton", *name]
@@ -29,7 +29,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def own_imports(folder: str) -> dict[str, set[str]]:
-    """{file: what it imports of this project}, for all files below a folder."""
+    """Return {file: what it imports of this project}, for all files below a folder."""
     files = [
         path
         for path in sorted((ROOT / folder).rglob("*.py"))
@@ -97,7 +97,7 @@ def test_perf_is_a_dozen_rooms_that_import_in_one_direction():
     list(TopologicalSorter(rooms).static_order())  # raises where they run in a circle
 
 
-@pytest.mark.parametrize("name", ["alrp_triton", "reference", "tests", "perf", "docs"])
+@pytest.mark.parametrize("name", ["alrp_triton", "reference", "tests", "perf", "docs", "examples"])
 def test_the_top_level_has_the_rooms_that_it_tells_of(name):
     assert (ROOT / name).is_dir()
     assert f"`{name}/`" in (ROOT / "CONTRIBUTING.md").read_text() or name == "alrp_triton"

@@ -54,7 +54,7 @@ def _errors(targets: Tensor) -> Tensor:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, str, str]]:
-    """(impl, algorithm, case), the first two set for the program."""
+    """Return (impl, algorithm, case), the first two set for the program."""
     impl, algorithm, _ = request.param
     if impl == "triton":
         pytest.importorskip("triton")
@@ -117,7 +117,7 @@ def leaf_of(logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_published_numbers(backend):
-    """All of the three losses to 1e-10, entry by entry and relative."""
+    """All of the three losses agree to 1e-10, entry by entry and relative."""
     case = golden(backend[-1])
     leaf = leaf_of(case.logits)
     cls_loss, rank, _ = aLRPLoss.apply(leaf, case.targets, case.loc_errors, case.delta)
@@ -149,12 +149,12 @@ class Rounded(NamedTuple):
     tiles: Any
 
     def check(self, value: Tensor, exact: Tensor, budget: Tensor) -> None:
-        """A result in float32."""
+        """Check a result in float32."""
         assert value.dtype == torch.float32
         assert ((value.detach().double() - exact).abs() <= budget).all()
 
     def check_gradient(self, exact: Tensor, budget: list[Tensor]) -> None:
-        """That by the logits."""
+        """Check the gradient by the logits."""
         self.check(self.leaf.grad, exact, budget[0].reshape(exact.shape))
         self.leaf.grad = None
 
@@ -240,7 +240,7 @@ def test_published_rank_sort_in_float32(backend):
 
 
 def alrp_head(regression_losses: Tensor, rank: Tensor, descending: Tensor) -> Tensor:
-    """The localisation value as the heads for aLRP make it: hard order over smooth rank.
+    """Return the localisation value as heads for aLRP make it: hard order over smooth rank.
 
     The mean over positives, from the highest score on, of the summed losses so far over the rank.
     """
@@ -275,7 +275,7 @@ class ALRPHead:
     def flatten(
         self, maps: list[Tensor], labels: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Logits and marks of all levels in one row.
+        """Put logits and marks of all levels in one row.
 
         Args:
             maps: (B, A*C, H, W) each.
@@ -291,7 +291,7 @@ class ALRPHead:
         return torch.cat(rows).reshape(-1), marks.reshape(-1)
 
     def loss(self, logits: Tensor, marks: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss_cls, loss_bbox), the latter with its weight, of a loss of the box of each positive.
+        """Return (loss_cls, loss_bbox), the latter weighted, of a loss of the box of each positive.
 
         The iteration that ends a period has the new weight already.
         """
@@ -308,7 +308,7 @@ class ALRPHead:
 
 
 def head_batch(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Two levels of two images, three anchors and four classes: maps, labels and weights."""
+    """Draw two levels of two images, three anchors and four classes: maps, labels and weights."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (6, 5), (3, 2)
     maps = [2 * torch.randn(2, 3 * 4, *hw, generator=generator).double() for hw in sizes]
@@ -321,7 +321,7 @@ def head_batch(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 
 def as_class_indices(labels: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """(B * A, H, W) each, as `alrp_loss` takes them without flattening anything."""
+    """Return (B * A, H, W) each, as `alrp_loss` takes them without flattening anything."""
     return [
         label.masked_fill(weight == 0, -100).permute(0, 3, 1, 2).flatten(0, 1)
         for label, weight in zip(labels, weights, strict=True)
@@ -372,7 +372,7 @@ def test_alrp_head_on_levels_over_three_periods():
 
 
 def spread_to_levels(errors: Tensor, labels: list[Tensor]) -> Tensor:
-    """The losses of the boxes from the order of (B, H, W, A) anchors to that of (B * A, H, W)."""
+    """Reorder the losses of the boxes from (B, H, W, A) anchors to (B * A, H, W)."""
     parts = []
     for label, own in zip(labels, errors.split([int((x < 4).sum()) for x in labels]), strict=True):
         dense = torch.zeros(label.shape, dtype=errors.dtype).masked_scatter(label < 4, own)
@@ -381,7 +381,7 @@ def spread_to_levels(errors: Tensor, labels: list[Tensor]) -> Tensor:
 
 
 def test_alrp_head_with_a_scaled_loss():
-    """As GradScaler does; the losses stay, the gradients are multiplied."""
+    """GradScaler scales so; the losses stay, the gradients are multiplied."""
     maps, labels, weights = head_batch(0)
     gradients = []
     for scale in (1.0, 65536.0):
@@ -401,7 +401,7 @@ class RankSortHead:
         self.loss_rank = RankSort()
 
     def loss(self, logits: Tensor, targets: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """Of logits (M,), targets with the IoU, and a loss of the box of each positive."""
+        """Return the loss of logits (M,), targets with the IoU, and a loss of each box."""
         ranking, sorting = self.loss_rank.apply(logits, targets, 0.5)
         weights = logits.detach()[targets > 0].sigmoid()
         box = (weights * boxes).sum() / weights.sum()
@@ -424,7 +424,7 @@ def test_rank_sort_head():
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "small_delta"])
 def test_ap_loss_of_the_repository_of_that_name(case):
-    """Called in the forward of an autograd function, for (B, A, C) logits; delta is 1 there."""
+    """It is called in an autograd function's forward, for (B, A, C) logits; delta is 1 there."""
     exact = golden(case)
     with torch.no_grad():
         gradient, loss = AP_loss(exact.logits.reshape(1, -1, 1), exact.targets.reshape(1, -1, 1))
@@ -445,13 +445,13 @@ class Plain(NamedTuple):
     eps: float
 
     def step(self, x: Tensor) -> Tensor:
-        """H(x)."""
+        """Return H(x)."""
         if self.delta == 0:
             return (x >= 0).double()
         return (x / (2 * self.delta) + 0.5).clamp(0, 1)
 
     def alrp(self, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """cls_loss and its gradient."""
+        """Return cls_loss and its gradient."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, values = torch.zeros_like(self.logits), []
         for i in positive.nonzero()[:, 0]:
@@ -467,7 +467,7 @@ class Plain(NamedTuple):
         return torch.stack(values).mean(), gradient
 
     def ap(self) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient."""
+        """Return the loss and its gradient."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, precision, shares = torch.zeros_like(self.logits), {}, {}
         for i in positive.nonzero()[:, 0].tolist():
@@ -484,7 +484,7 @@ class Plain(NamedTuple):
         return torch.stack(errors).mean(), gradient
 
     def rank_sort(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Both values and the gradient of their sum."""
+        """Return both values and the gradient of their sum."""
         positive, negative = self.targets > 0, self.targets == 0
         gradient, ranking, sorting = torch.zeros_like(self.logits), [], []
         number = positive.sum()
@@ -507,7 +507,7 @@ class Plain(NamedTuple):
 
 @st.composite
 def plain_cases(draw):
-    """Ties, both steps, equal IoU, 0 and 1 among them, an eps that matters; some positive."""
+    """Draw ties, both steps, equal IoU, 0 and 1 among them, an eps that matters; some positive."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     size = draw(st.integers(1, 40))
     logits = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -556,7 +556,7 @@ def test_plain_loops(plain):
 
 
 def draw(positives: int, size: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits, and targets with the IoU of the positives; a few ignored."""
+    """Draw logits, and targets with the IoU of the positives; a few ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(size, generator=generator)
     targets = torch.zeros(size)
@@ -571,7 +571,7 @@ def marks_of(loss: str, targets: Tensor) -> Tensor:
 
 
 def test_what_differs_from_the_functions():
-    """As the docstrings say; where nothing does, the numbers are theirs."""
+    """It is what the docstrings say; where nothing does, the numbers are theirs."""
     logits, targets = (x.double() for x in draw(20))
     marks, quality = marks_of("ap", targets), targets[targets > 0]
     cls_loss, rank, order = aLRPLoss.apply(logits, marks, quality)
@@ -589,7 +589,7 @@ def test_what_differs_from_the_functions():
 
 @pytest.mark.parametrize("delta", [0.0, 0.5])
 def test_rank_sort_of_equal_iou_is_ap_with_the_self_term(delta):
-    """What the published bucketed AP approximates: nothing to sort, and no interpolation."""
+    """The published bucketed AP approximates this: nothing to sort, and no interpolation."""
     logits, targets = (x.double() for x in draw(20))
     marks, leaf = marks_of("ap", targets), leaf_of(logits)
     ranking, sorting = RankSort.apply(leaf, marks, delta)
@@ -682,7 +682,7 @@ def test_the_gradient_of_rank_sort_rides_on_the_ranking_value():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(without, loss):
-    """As in a validation: the same value, attached to nothing."""
+    """A validation gets the same value, attached to nothing."""
     logits, targets = draw(20)
     leaf, targets = leaf_of(logits), marks_of(loss, targets)
     with without():
@@ -693,7 +693,7 @@ def test_without_gradients(without, loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_values_may_be_changed_in_place(loss):
-    """As heads weigh them."""
+    """Heads weigh them so."""
     logits, targets = draw(20)
     leaf = leaf_of(logits)
     value = LOSSES[loss](leaf, marks_of(loss, targets))
@@ -837,7 +837,7 @@ class Operators(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Notes it down."""
+        """Note the operator down and run it."""
         self.seen[func.overloadpacket._qualified_op_name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -880,7 +880,7 @@ def test_alrp_never_waits():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiles(loss):
-    """In one graph: AP and Rank & Sort then make room for every logit, most of it padding."""
+    """It is one graph: AP and Rank & Sort make room for every logit, most of it padding."""
     logits, targets = draw(20)
     targets = marks_of(loss, targets)
     errors = torch.linspace(0.1, 0.9, 20, device=DEVICE)
@@ -897,7 +897,7 @@ def test_compiles(loss):
 
 
 def test_runs_without_triton():
-    """In a process of its own: nothing on the way imports it."""
+    """It runs in a process of its own: nothing on the way imports it."""
     code = """
 import sys
 sys.modules["triton"] = None  # any import of it raises

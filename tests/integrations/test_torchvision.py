@@ -30,7 +30,7 @@ USES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Many small operators: threads that wait for each other would dominate on a busy machine."""
+    """Use one thread: many that wait for each other would dominate on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def batch():
 
 
 def seen_by_the_loss(model, images, targets):
-    """The arguments of the head's loss in a training call: detached outputs that want gradients."""
+    """Return the arguments of the head's loss in a call: detached outputs that want gradients."""
     seen = {}
     loss = model.head.compute_loss
 
@@ -67,7 +67,7 @@ def seen_by_the_loss(model, images, targets):
 
 
 def by_hand(seen, box_coder):
-    """Class of every anchor and boxes of the positives, one anchor after the other."""
+    """Return the class of every anchor and the positives' boxes, one anchor after the other."""
     classes, predicted, true = [], [], []
     for image, target in enumerate(seen["targets"]):
         for anchor, match in enumerate(seen["matched_idxs"][image].tolist()):
@@ -141,7 +141,7 @@ def test_anchor_targets_ignore_and_match_per_image():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
 @pytest.mark.parametrize("of_matches", [torch.int32, torch.int64])
 def test_anchor_targets_of_any_integers(dtype, of_matches):
-    """Not -100 and -1 wrapped around, which would be classes."""
+    """-100 and -1 are not wrapped around, which would be classes."""
     targets = [{"labels": torch.tensor([7, 3], dtype=dtype)}, {"labels": torch.tensor([])}]
     matched = [torch.tensor([1, -1, 0, -2], dtype=of_matches), torch.tensor([-1, -2])]
     classes = anchor_targets(targets, matched, 200)

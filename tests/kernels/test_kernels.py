@@ -68,7 +68,7 @@ this = ALGORITHMS["pairwise"]
 
 @pytest.fixture(params=ALGORITHMS, autouse=True)
 def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Algorithm:
-    """Runs each test with each algorithm; `this` is the one at hand."""
+    """Run each test with each algorithm; `this` is the one at hand."""
     monkeypatch.setitem(globals(), "this", ALGORITHMS[request.param])
     if not HAS_GPU:  # few points make several stretches
         monkeypatch.setattr(scan, "_STRETCH", 8)
@@ -78,7 +78,7 @@ def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> Iterator[None]:
-    """torch.empty gives NaN: whatever a kernel does not write shows."""
+    """Make torch.empty give NaN: whatever a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -106,7 +106,7 @@ def make(
     padding: int = 0,
     groups: Tensor | list[Tensor] | None = None,
 ) -> Case:
-    """On the device, with drawn numbers for each positive."""
+    """Make a case on the device, with drawn numbers for each positive."""
     levels, level_targets, level_groups = (
         [
             budgets.to_device(x, torch.device(DEVICE))
@@ -121,7 +121,7 @@ def make(
 def class_indices(
     batch: int, classes: int, places: int, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """A third background (two spellings), a tenth ignored, the rest positive for some class."""
+    """Draw a third background (two spellings), a tenth ignored, the rest positive for a class."""
     targets = torch.randint(-1, classes + 1, (batch, places))
     targets[torch.rand(batch, places) < 0.3] = -1
     targets[torch.rand(batch, places) < 0.1] = IGNORE
@@ -129,7 +129,7 @@ def class_indices(
 
 
 def per_logit(batch: int, classes: int, places: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A quarter positive; a quarter ignored where the dtype can say so."""
+    """Draw a quarter positive; a quarter ignored where the dtype can say so."""
     targets = torch.randint(0, 4, (batch, classes, places))
     if dtype in (torch.bool, torch.uint8):
         return (targets == 1).to(dtype)
@@ -137,7 +137,7 @@ def per_logit(batch: int, classes: int, places: int, dtype: torch.dtype = torch.
 
 
 def check(case: Case, tiles: Tiles | BreakpointTiles | None = None) -> None:
-    """Count and gradient are within budget of the float64 reference, and no input is written to."""
+    """Check that count and gradient are within budget of float64, and no input is written to."""
     tiles = tiles or this.small
     before = [tensor.clone() for tensor in case.tensors]
     counts, gradients = torch.stack(case.count(tiles)), case.gradient(tiles)
@@ -299,7 +299,7 @@ def test_counts_beyond_float32() -> None:
 
 
 def _groups_of(name: str, targets: Tensor) -> Tensor:
-    """Of each anchor, or logit: what users rank within, and what nobody foresaw."""
+    """Group each anchor, or logit: by what users rank within, and by what nobody foresaw."""
     if name == "image":  # a view, as functional.py lays it out
         return (
             torch.arange(targets.shape[0]).view(-1, *[1] * (targets.dim() - 1)).expand_as(targets)
@@ -480,7 +480,7 @@ _UNSEEN = [name for name, (group, target) in _PLACES.items() if group in (0, 3) 
 def _with(
     value: float, places: list[str], form: Callable, grouped: bool, delta: float, dtype: torch.dtype
 ) -> Case:
-    """A call of `_PLACES`, with padding and with a value in some of them."""
+    """Make a call of `_PLACES`, with padding and with a value in some of them."""
     groups, targets = (x[:, None] for x in torch.tensor(list(_PLACES.values())).T)
     if form is per_logit:
         targets = torch.where(targets == IGNORE, -1, targets + 1)[:, :, None]
@@ -656,7 +656,7 @@ def test_bitwise_repeatable(delta: float, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _full_size(dtype: torch.dtype, form: Callable = class_indices, delta: float = 1.0) -> Case:
-    """A pyramid as of RetinaNet, a million logits and some hundred positives."""
+    """Draw a pyramid as of RetinaNet: a million logits and some hundred positives."""
     torch.manual_seed(0)
     logits, targets = [], []
     for places in (10_000, 2_500, 625, 169, 49):

@@ -45,13 +45,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several in the interpreter, where a long one takes long."""
+    """Use several stretches in the interpreter, where a long one takes long."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(kernels["scan"], "_STRETCH", 128)
 
 
 def scores_around(delta: float, number: int, dtype: torch.dtype) -> Tensor:
-    """A third near delta's magnitude, a third of all magnitudes, a third steps from the others.
+    """Draw a third near delta's magnitude, a third of all magnitudes, a third steps from others.
 
     These stand 0, delta or 2 delta from another, as exactly as the dtype can say, or one float
     beside that. All mantissas, both signs; 0, the ends of the range and infinities are among them.
@@ -97,7 +97,7 @@ def test_large_calls_in_small(
 
 
 def check(case: budgets.Case, algorithm: str) -> None:
-    """Count and gradient are within budget of the float64 reference."""
+    """Check that count and gradient are within budget of the float64 reference."""
     tiles = SMALL[algorithm]
     counts = torch.stack(kernels[algorithm].count(*case.count_input, tiles))
     exact = case.expected_count(torch.float64)

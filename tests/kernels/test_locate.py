@@ -59,13 +59,13 @@ def check(levels: Levels, positives: Tensor | None, size: int, exact: bool) -> N
 
 
 def bits(x: Tensor) -> Tensor:
-    """As integers, in which a NaN, which has many spellings, is equal to itself."""
+    """View as integers, in which a NaN, which has many spellings, is equal to itself."""
     nan = torch.where(x == x, x, torch.nan) if x.is_floating_point() else x
     return nan.view(torch.int64 if x.element_size() == 8 else torch.int32)
 
 
 def lay(x: Tensor, how: str) -> Tensor:
-    """The same numbers with other strides."""
+    """Lay out the same numbers with other strides."""
     if how == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if how == "sliced":
@@ -77,7 +77,7 @@ def lay(x: Tensor, how: str) -> Tensor:
 
 @st.composite
 def levels(draw: st.DrawFn) -> Levels:
-    """Up to three levels of any form, with every kind of logit and of target."""
+    """Draw up to three levels of any form, with every kind of logit and of target."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     classes = draw(st.integers(0, 5))
@@ -132,7 +132,7 @@ def test_is_the_reference(case: Levels, padding: int, block: int, most: int, see
 
 
 def example() -> Levels:
-    """Two levels, with 3 positives by class and 2 by logit, behind one that has no places."""
+    """Return two levels, with 3 positives by class and 2 by logit, behind one without places."""
     logits = [torch.randn(2, 3, places, device=DEVICE) for places in (0, 4, 5)]
     indices = torch.tensor([[-1, 2, IGNORE, 0], [3, 1, -1, -1]], device=DEVICE)
     marks = torch.zeros(2, 3, 5, device=DEVICE)
@@ -237,7 +237,7 @@ def test_repeats() -> None:
 
 
 def far_apart(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Rows 2^30 elements apart; memory that is never touched is never allocated."""
+    """Lay out rows 2^30 elements apart; memory that is never touched is never allocated."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty((1 << 31) + 64, dtype=dtype, device=DEVICE)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -283,7 +283,7 @@ def test_stretches_cover_the_targets(targets: int) -> None:
 
 
 def pyramid(per_logit: bool) -> Levels:
-    """As of RetinaNet: 10 million logits, several blocks in a stretch."""
+    """Draw a pyramid as of RetinaNet: 10 million logits, several blocks in a stretch."""
     torch.manual_seed(0)
     logits, targets = [], []
     for places in (24_000, 6_000, 1_500, 375, 100):

@@ -39,7 +39,7 @@ _EXACT = Rounding(step=0.0, count_terms=0, gradient_terms=0)
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several of everything; whatever a kernel does not write shows as NaN."""
+    """Make tiles small, so that there are several; make whatever a kernel does not write NaN."""
     monkeypatch.setattr(kernels, "_LANES", 32)
     monkeypatch.setattr(kernels, "_PROGRAMS", 12)
     before = torch.are_deterministic_algorithms_enabled()
@@ -65,7 +65,7 @@ class Call(NamedTuple):
         return (*self.case.gradient_input, self.powers)
 
     def truth(self, on_slope: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """mass (P,) and the gradients in float64; with H = 1 on every slope and 0 elsewhere."""
+        """Return mass (P,) and the gradients in float64; H = 1 on every slope and 0 elsewhere."""
         case = self.case.to(torch.float64)
         valid = case.scores != -torch.inf
         batch = case.batch.select(valid)

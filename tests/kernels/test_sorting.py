@@ -43,7 +43,7 @@ DELTAS = (0.0, 1e-3, 0.5, 1.0)
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory() -> Iterator[None]:
-    """torch.empty gives NaN: whatever a kernel does not write shows."""
+    """Make torch.empty give NaN: whatever a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -119,15 +119,15 @@ class Call(NamedTuple):
         return positives_alone(self.scores, self.delta, self.groups)
 
     def of(self, places: Tensor) -> Call:
-        """Some of the positives."""
+        """Return the call on some of the positives."""
         return self._replace(**{name: x[places] for name, x in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there are."""
+        """Return all tensors of the call by their names."""
         return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
 
     def case(self) -> Case:
-        """As the budgets have it."""
+        """Return the case as the budgets have it."""
         index = torch.arange(self.scores.numel(), device=self.scores.device)
         return Case(
             [], [], index, self.scores, self.values, self.weights, -self.weights, self.delta
@@ -142,7 +142,7 @@ def draw(
     padding: int = 0,
     grouped: bool = False,
 ) -> Call:
-    """Scores within a few delta of each other; padding anywhere, with NaN as its quality."""
+    """Draw scores within a few delta of each other; padding anywhere, with NaN as its quality."""
     unit = delta or 1.0
     scores = torch.randn(positives, dtype=torch.float64) * 2 * unit
     quality, values, weights = torch.rand(3, positives, dtype=torch.float64)
@@ -162,7 +162,7 @@ def draw(
 
 
 def check(call: Call) -> None:
-    """Within budget of the float64 reference; 0 for padding; no input is written to."""
+    """Check against the float64 reference; padding gets 0, and no input is written to."""
     before = {name: x.clone() for name, x in call.tensors().items()}
     counts, passed = call.count(), call.gradient()
     assert all(
@@ -274,7 +274,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Runs it."""
+        """Run the operator and note the largest storage among its results."""
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, (tuple, list)) else (result,)
         sizes = [
@@ -306,7 +306,7 @@ def test_operators() -> None:
 
 
 def evaluate(case: Case, quality: Tensor, dtype: torch.dtype, **settings: Any) -> LossResult:
-    """Rank & Sort: both values, and the gradient of their sum."""
+    """Return both values of Rank & Sort, and the gradient of their sum."""
     leaves = [level.to(dtype).detach().requires_grad_() for level in case.logits]
     values = rank_sort_loss(leaves, case.targets, quality, case.delta, **settings)
     sum(values).backward()

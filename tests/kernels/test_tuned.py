@@ -26,7 +26,7 @@ PRICES = {"pairwise": COSTS.pairwise._asdict(), "breakpoints": COSTS.breakpoints
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, tmp_path):
-    """As if there were a GPU of this name, and a user's directory."""
+    """Pretend that there is a GPU of this name, and a user's directory."""
     properties = SimpleNamespace(name="Some GPU (80GB)", warp_size=32, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setenv("ALRP_TRITON_TILES", str(tmp_path))

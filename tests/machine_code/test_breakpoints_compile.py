@@ -43,7 +43,7 @@ KERNELS = {
 
 
 def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list:
-    """The launches of one count and one gradient."""
+    """Return the launches of one count and one gradient."""
     from alrp_triton.kernels.breakpoints import ranks as breakpoints
     from alrp_triton.kernels.tuning.block_sizes import default_breakpoint_tiles
     from perf.machine_code import sass
@@ -67,7 +67,10 @@ def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 
 
 
 def _figures(target: str) -> dict[str, dict[str, Any]]:
-    """Registers and spills of each kernel and case; instructions a logit where logits are read."""
+    """Return registers and spills of each kernel and case, and instructions a logit.
+
+    The latter are told where logits are read.
+    """
     from perf.machine_code import sass
     from perf.machine_code.occupancy import a_logit
 
@@ -91,7 +94,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
 
 
 def _variants(target: str) -> list[int]:
-    """How many variants of kernels there are after each of 50 calls of random sizes."""
+    """Return how many variants of kernels there are after each of 50 calls of random sizes."""
     from perf.machine_code import sass
 
     torch.manual_seed(0)
@@ -110,7 +113,7 @@ def _variants(target: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """{target: figures}, two targets at a time."""
+    """Return {target: figures}, two targets at a time."""
     return run_all(MODULE)
 
 

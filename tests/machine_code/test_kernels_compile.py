@@ -49,7 +49,7 @@ def _call(
     shape: tuple[int, int, int] = (4, 20, 100),
     tuned: tuple = (),
 ) -> list:
-    """The launches of one count and one gradient, by the defaults where nothing is tuned."""
+    """Return the launches of one count and one gradient, by the defaults if nothing is tuned."""
     from alrp_triton.kernels.tuning.block_sizes import choose, default_tiles
     from perf.machine_code import sass
 
@@ -78,7 +78,7 @@ def _call(
 
 
 def _figures(target: str) -> dict[str, dict[str, Any]]:
-    """Registers, spills and instructions a pair of each kernel and case."""
+    """Return registers, spills and instructions a pair of each kernel and case."""
     from alrp_triton.kernels import pairwise
     from perf.machine_code import sass
 
@@ -106,7 +106,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
 
 
 def _tuned() -> tuple:
-    """Four classes of sizes, two of which differ in nothing that a kernel is compiled for."""
+    """Tune four classes of sizes, two of which differ in nothing that a kernel is compiled for."""
     from alrp_triton.kernels.tuning.block_sizes import Class, Tiles
 
     few, many, small, large = (0, 1024), (1025, None), (0, 1 << 20), ((1 << 20) + 1, None)
@@ -120,7 +120,7 @@ def _tuned() -> tuple:
 
 
 def _variants(target: str, tuned: tuple = ()) -> list[int]:
-    """How many variants of kernels there are after each of 50 calls of random sizes."""
+    """Return how many variants of kernels there are after each of 50 calls of random sizes."""
     from alrp_triton.kernels import pairwise
     from perf.machine_code import sass
 
@@ -139,7 +139,7 @@ def _variants(target: str, tuned: tuple = ()) -> list[int]:
 
 
 def run(target: str, module: str = "tests.machine_code.test_kernels_compile") -> dict[str, Any]:
-    """What a module prints for a target, run where the kernels are not interpreted."""
+    """Return what a module prints for a target, run where the kernels are not interpreted."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, target],
@@ -154,7 +154,7 @@ def run(target: str, module: str = "tests.machine_code.test_kernels_compile") ->
 
 
 def run_all(module: str) -> dict[str, Any]:
-    """{target: figures} of a module as this one is, two targets at a time."""
+    """Return {target: figures} of a module as this one is, two targets at a time."""
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda target: run(target, module), TARGETS)
         return dict(zip(TARGETS, found, strict=True))
@@ -162,7 +162,7 @@ def run_all(module: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """{target: figures}, two targets at a time."""
+    """Return {target: figures}, two targets at a time."""
     return run_all("tests.machine_code.test_kernels_compile")
 
 

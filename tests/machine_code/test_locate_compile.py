@@ -30,7 +30,7 @@ KERNELS = {"_count_kernel", "_write_kernel", "_look_up_kernel"}
 
 
 def _call(case: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list:
-    """The launches of one search and one look-up in two levels."""
+    """Return the launches of one search and one look-up in two levels."""
     from alrp_triton.kernels import positives as locate
     from perf.machine_code import sass
 
@@ -49,7 +49,7 @@ def _call(case: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list
 
 
 def _figures(target: str) -> dict[str, dict[str, Any]]:
-    """Registers and spills of each kernel and case, and how often a call launches it."""
+    """Return registers and spills of each kernel and case, and how often a call launches it."""
     from perf.machine_code import sass
 
     figures: dict[str, dict[str, Any]] = {}
@@ -64,7 +64,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
 
 
 def _variants(target: str) -> list[int]:
-    """How many variants of kernels there are after each of 50 calls of random sizes."""
+    """Return how many variants of kernels there are after each of 50 calls of random sizes."""
     from perf.machine_code import sass
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def _variants(target: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """{target: figures}, two targets at a time."""
+    """Return {target: figures}, two targets at a time."""
     return run_all(MODULE)
 
 

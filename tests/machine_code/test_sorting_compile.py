@@ -31,7 +31,7 @@ KERNELS = {"_survey_kernel", "_count_kernel", "_gradient_kernel"}
 
 
 def _call(case: str, positives: int = 1000) -> list:
-    """The launches of one count and one gradient."""
+    """Return the launches of one count and one gradient."""
     from alrp_triton.kernels import rank_sort as sorting
     from perf.machine_code import sass
 
@@ -47,7 +47,7 @@ def _call(case: str, positives: int = 1000) -> list:
 
 
 def _figures(target: str) -> dict[str, dict[str, Any]]:
-    """Registers, spills and shared memory of each kernel and case."""
+    """Return registers, spills and shared memory of each kernel and case."""
     from perf.machine_code import sass
 
     figures = {}
@@ -60,7 +60,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
 
 
 def _variants(target: str) -> list[int]:
-    """How many variants of kernels there are after each of 50 calls of random sizes."""
+    """Return how many variants of kernels there are after each of 50 calls of random sizes."""
     from perf.machine_code import sass
 
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def _variants(target: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """{target: figures}, two targets at a time."""
+    """Return {target: figures}, two targets at a time."""
     return run_all(MODULE)
 
 

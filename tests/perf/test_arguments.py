@@ -56,7 +56,7 @@ class Begun(Exception):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """The working directory: a file and a folder. No command gets beyond its checks."""
+    """Enter a directory with a file and a folder. No command gets beyond its checks."""
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def listing(place):
 
 
 def refused(command, given, capsys, place):
-    """The line that refuses the arguments; the folder is as it was before."""
+    """Return the line that refuses the arguments; the folder is as it was before."""
     before = listing(place)
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(f"perf.{command}.__main__").main(given)
@@ -102,7 +102,7 @@ def options_of(command):
 
 
 def wrong_values(action):
-    """Fails for an option that anything can be given to."""
+    """Return values that an option refuses; fail where it accepts anything."""
     if action.choices is not None:
         first = next(iter(action.choices))
         return ["", "x", first.upper() + "x", f"{first} ", f"{first}\n"]
@@ -135,7 +135,7 @@ def test_no_wrong_value_is_accepted(command, action, capsys, place):
 
 @pytest.mark.parametrize(("command", "action"), OPTIONS)
 def test_right_values_are_accepted(command, action, monkeypatch):
-    """So that what is refused above is refused for its value."""
+    """This shows that what is refused above is refused for its value."""
     module = load(command)
     (option,) = action.option_strings
     if action.nargs == 0:
@@ -193,7 +193,7 @@ def test_a_missing_gpu_is_said(capsys, place, monkeypatch):
 
 
 def begin(command, *given):
-    """The folder and the files that a command prepares."""
+    """Return the folder and the files that a command prepares."""
     with pytest.raises(Begun) as stopped:
         load(command).main([*ENOUGH.get(command, []), *given])
     return stopped.value.args
@@ -221,7 +221,7 @@ def test_a_folder_without_the_right_to_write(command, capsys, place):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_where_a_file_is_written(command, capsys, place):
-    """And a link that leads nowhere; files that can be replaced are left as they are."""
+    """A link that leads nowhere is refused too; files that can be replaced are left as they are."""
     out, names = begin(command, "--out", "folder/out")
     assert len(names) >= 2
     assert list(out.iterdir()) == []

@@ -112,7 +112,7 @@ class Clock:
         self.seconds, self.timed = seconds, set()
 
     def interleave(self, calls, device, rounds, until):
-        """Takes no time."""
+        """Return the times given to each candidate, and take no time."""
         found = {name: call.args[1] for name, call in calls.items()}  # partials of (side, tiles)
         self.timed |= set(found.values())
         return {
@@ -283,7 +283,7 @@ TRUE = Costs(PairwiseCosts(3e-5, 1e-12, 2e-13, 1e-12), BreakpointCosts(1e-4, 8e-
 
 
 def times_of(costs, factor=1.0):
-    """In place of `cost_model.time_calls`: what the calls cost by these prices."""
+    """Return what the calls cost by these prices, in place of `cost_model.time_calls`."""
 
     def time_calls(calls, tiles_of, device, until, progress):
         return [
@@ -411,7 +411,7 @@ def test_occupancy():
 
 
 def test_dry_run_command(tmp_path):
-    """In a process of its own, since nothing compiles under TRITON_INTERPRET; two candidates."""
+    """It runs in a process of its own, since nothing compiles under TRITON_INTERPRET."""
     code = (
         "from pathlib import Path; from perf.autotune import dry_run\n"
         "grids = {'count': ({'count_rows': (4,)},), 'gradient': ({'gradient_rows': (4, 8)},)}\n"

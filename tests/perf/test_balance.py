@@ -27,7 +27,7 @@ U = 2.0**-24  # half the distance from 1 to the next float32
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As the command does; the threads of many small operators would only wait for each other."""
+    """Use one thread, as the command does; several would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The folder of a tiny run, and the exit status."""
+    """Return the folder of a tiny run, and the exit status."""
     folder = tmp_path_factory.mktemp("balance")
     status = balance.main(["--quick", "--steps", str(STEPS), "--out", str(folder)])
     return folder, status
@@ -44,7 +44,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(command):
-    """What results.json holds of each loss, by title."""
+    """Return what results.json holds of each loss, by title."""
     document = json.loads((command[0] / "results.json").read_text())
     return {run["title"]: run for run in document["runs"]}
 
@@ -65,7 +65,7 @@ def test_alrp_is_balanced_in_every_iteration(runs):
 
 @pytest.fixture(scope="module")
 def first_iteration():
-    """Logits of the first iteration, as a float64 leaf (B, A, C), and per image 1 / 0 / -1."""
+    """Return the first iteration's logits, a float64 leaf (B, A, C), and per image 1 / 0 / -1."""
     torch.manual_seed(0)
     model = small_retinanet().train()
     images, targets = DigitCanvases("train", 0).batch(loop.BATCH)

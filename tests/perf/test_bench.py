@@ -30,12 +30,12 @@ TINY = Cell(20_000, 20, "mid")
 
 @pytest.fixture(autouse=True)
 def _known_bandwidth(monkeypatch):
-    """Measuring it takes longer than most of these tests."""
+    """Know the bandwidth: measuring it takes longer than most of these tests."""
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
 
 def fill(cell, rounds=1, variants=None, **more):
-    """Report of one cell: of the named variants, and of `more` by their names."""
+    """Report one cell: of the named variants, and of `more` by their names."""
     table = {name: VARIANTS[name] for name in variants or (OURS,)} | more
     return bench.run([cell], table, CPU, rounds, progress=False)
 
@@ -45,7 +45,7 @@ def by_name(report):
 
 
 def changed(change):
-    """This package with its loss changed by `change(value, logits)`."""
+    """Return this package as a variant, its loss changed by `change(value, logits)`."""
 
     def bind(inputs):
         def loss(logits):
@@ -67,7 +67,7 @@ PLANTED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("what", PLANTED)
 def test_a_wrong_variant_gets_no_time(what, dtype, tmp_path):
-    """Also where the error is below what one rounding in bfloat16 may leave."""
+    """This holds where the error is below what one rounding in bfloat16 may leave, too."""
     cell = TINY._replace(dtype=dtype)
     report = fill(cell, 2, (OURS, "published loop"), planted=PLANTED[what])
     rows = by_name(report)
@@ -314,7 +314,7 @@ def found(what="times faster than a rival", least=4.0, reached=False):
     ],
 )
 def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, capsys, monkeypatch):
-    """After everything is written and printed, in the last lines."""
+    """The last lines say so, after everything is written and printed."""
     monkeypatch.setattr(command, "retinanet_call", lambda images, device: CALL)
     monkeypatch.setattr(command, "VARIANTS", {OURS: VARIANTS[OURS]})
     monkeypatch.setattr(command, "verify", lambda rows, standard: goals)
@@ -455,7 +455,7 @@ class Work(TorchDispatchMode):
 
 
 def work(name, inputs):
-    """(operators, passes over the logits) of forward and backward."""
+    """Return (operators, passes over the logits) of forward and backward."""
     loss = VARIANTS[name].bind(inputs)
     with Work() as counted:
         bench.forward_backward(loss, inputs.logits)
@@ -470,7 +470,7 @@ PASSES = {"init": 220, "mid": 220, "late": 25, "spread": 220}
 @pytest.mark.parametrize("delta", [1.0, 0.0])
 @pytest.mark.parametrize("distribution", workloads.DISTRIBUTIONS)
 def test_a_call_takes_few_operators_and_passes(distribution, delta):
-    """With ten times as many positives hardly more of both."""
+    """Ten times as many positives take hardly more of both."""
     cell = Cell(400_000, 500, distribution, delta=delta)
     operators, passes = work(OURS, workloads.draw(cell, CPU))
     assert operators < 1200

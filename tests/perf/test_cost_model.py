@@ -21,7 +21,7 @@ SIZES = [call for call in CALLS if call.dtype == "float32"]
 
 
 def timed(costs, noise=0.0, seed=0):
-    """Every call timed with both, off by a log-normal noise."""
+    """Return every call timed with both algorithms, off by a log-normal noise."""
     random = np.random.default_rng(seed)
 
     def seconds(prices, call):
@@ -34,7 +34,7 @@ def timed(costs, noise=0.0, seed=0):
 
 
 def crossover(costs, logits):
-    """The fewest positives with which breakpoints are taken."""
+    """Return the fewest positives with which breakpoints are taken."""
     few, many = 0, 1 << 17
     while many - few > 1:
         middle = (few + many) // 2
@@ -114,7 +114,7 @@ def test_fewer_times_than_prices_are_no_fit():
 
 
 def test_the_first_calls_tell_every_price():
-    """So that whatever is cut for time, what was measured is of use."""
+    """Whatever is cut for time, what was measured is of use."""
     found = fit(timed(TRUE)[:5])
     for prices, true in zip(found, TRUE, strict=True):
         assert prices == pytest.approx(true, rel=1e-4)

@@ -15,7 +15,7 @@ N, P = 20_951_040, 1000
 
 
 def row(variant=OURS, seconds=1e-4, distribution="mid", positives=P, **changed):
-    """As `bench.run` makes it; 250 microseconds are the floor of float32."""
+    """Make a row as `bench.run` does; 250 microseconds are the floor of float32."""
     found = {
         "variant": variant, "distribution": distribution, "dtype": "float32", "N": N,
         "P": positives, "delta": 1.0, "seconds": seconds, "ratio": None, "extra_bytes": 0,
@@ -68,7 +68,7 @@ def test_what_was_never_published_is_compared_without_a_promise():
 
 @pytest.mark.parametrize(("times", "reached"), [(2.9, False), (3.1, True)])
 def test_where_nothing_can_be_filtered_a_factor_is_promised(times, reached):
-    """On a CPU, at init and spread; what happens in between promises nothing."""
+    """It is promised on a CPU, at init and spread; what happens in between promises nothing."""
     rival, size = "sort and bucket, filtered", {"N": 2_000_000, "positives": 500}
     ratios = {"init": 3.5, "mid": 0.5, "late": 0.6, "spread": times}
     rows = [row(**size)]

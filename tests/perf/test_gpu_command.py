@@ -29,7 +29,7 @@ def right(context):
 
 
 def planted(context):
-    """A count that is off by a little, held to the truth like any other."""
+    """Yield a count that is off by a little, held to the truth like any other."""
     kernels = next(iter(context.algorithms.values()))
     draw = parity_checks.draw_case
 

@@ -46,7 +46,7 @@ def test_slots_at_random_are_struck_evenly():
 
 
 def test_compiles_to_reductions_in_global_memory():
-    """Without TRITON_INTERPRET, so in a process of its own, which this file then is."""
+    """It compiles without TRITON_INTERPRET, so in a process of its own, which this file then is."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.perf.test_memory_rates"],

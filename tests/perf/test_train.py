@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Many small operators: threads that wait for each other would dominate on a busy machine."""
+    """Use one thread: many that wait for each other would dominate on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

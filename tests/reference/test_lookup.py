@@ -33,7 +33,7 @@ BITS = {
 
 
 def any_bits(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Every sign, exponent and mantissa alike: subnormals, the largest, and both infinities."""
+    """Draw every sign, exponent and mantissa alike: subnormals, the largest, both infinities."""
     bits = torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)
     x = (bits >> 13).to(BITS[dtype]).view(dtype)
     return x.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
@@ -42,7 +42,7 @@ def any_bits(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tenso
 def draw_scores(
     kind: str, size: int, dtype: torch.dtype, delta: float, generator: torch.Generator
 ) -> Tensor:
-    """Scores (size,) of one kind."""
+    """Draw scores (size,) of one kind."""
     normal = torch.randn(size, dtype=torch.float64, generator=generator)
     one = float(any_bits(1, dtype, generator))
     place = 10 ** float(torch.empty(1).uniform_(-3, 5, generator=generator))
@@ -221,7 +221,7 @@ def thresholds(draw):
 
 @st.composite
 def cases(draw):
-    """One or two levels of scores of one kind each, the positives anywhere among them."""
+    """Draw one or two levels of scores of one kind each, the positives anywhere among them."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype, delta = draw(st.sampled_from(list(BITS))), draw(st.sampled_from(DELTAS))
     logits, targets, groups = [], [], []

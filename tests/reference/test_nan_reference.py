@@ -57,7 +57,7 @@ ALGORITHMS += [(loss, "breakpoints") for loss in LOSSES if loss != "skewed"]
 
 
 def batch(targets: str, place: str, sign: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits with a NaN at that place, and at all that is ignored."""
+    """Return logits with a NaN at that place, and at all that is ignored."""
     targets = torch.tensor(TARGETS[targets])
     logits = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     logits[targets == -1] = math.nan

@@ -82,7 +82,7 @@ def test_pairwise_says_what_the_equations_say(delta):
 
 @st.composite
 def levels(draw):
-    """One or two levels with logits of one regime, targets of one kind, and a delta."""
+    """Draw one or two levels with logits of one regime, targets of one kind, and a delta."""
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     regime = draw(

@@ -44,7 +44,7 @@ class InAnyOrder(TorchDispatchMode):
 
 
 def run_all(grouped: bool, delta: float) -> list[torch.Tensor]:
-    """What every function of the reference returns, whose terms are floats."""
+    """Return what every function of the reference returns, whose terms are floats."""
     logits, targets = detector_batch("spread", 300, 4, 40)
     batch = to_batch(logits, targets, delta)
     if grouped:

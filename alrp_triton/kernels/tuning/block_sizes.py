@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
     gradient_fold: int = 32
 
     def check(self) -> None:
-        """Raises ValueError if a kernel could not take these sizes, or sum in float32 over them."""
+        """Raise ValueError if a kernel could not take these sizes, or sum in float32 over them."""
         _expect_sizes(self, but="count_stages")
         if self.few > min(self.count_block, self.gradient_block):
             raise ValueError(f"few: expected no more than the blocks, got {self.few}")
@@ -81,7 +81,7 @@ class BreakpointTiles(NamedTuple):
     patterns: int = 512  # of the bits of 16-bit logits, of a program
 
     def check(self) -> None:
-        """Raises ValueError if a kernel could not take these sizes, or sum in integers by them."""
+        """Raise ValueError if a kernel could not take these sizes, or sum in integers by them."""
         _expect_sizes(self)
         if self.count_rows > 128:
             raise ValueError(
@@ -95,7 +95,7 @@ AnyTiles = TypeVar("AnyTiles", Tiles, BreakpointTiles)
 
 
 def _expect_sizes(tiles: Tiles | BreakpointTiles, but: str = "") -> None:
-    """Raises ValueError unless all are powers of two (`but` any number) that a GPU could take."""
+    """Raise ValueError unless all are powers of two (`but` any number) that a GPU could take."""
     for name, size in tiles._asdict().items():
         most = _MOST.get(name, 1024)
         if type(size) is not int or size < 1 or (size & (size - 1) and name != but):
@@ -112,7 +112,7 @@ class Class(NamedTuple):
     logits: tuple[int, int | None]
 
     def holds(self, dtype: torch.dtype, positives: int, logits: int) -> bool:
-        """Whether a call of P positives (padding too) and N logits belongs to the class."""
+        """Return whether a call of P positives (padding too) and N logits belongs to the class."""
         return self.dtype == dtype_class(dtype) and all(
             least <= number and (most is None or number <= most)
             for number, (least, most) in ((positives, self.positives), (logits, self.logits))
@@ -120,7 +120,7 @@ class Class(NamedTuple):
 
 
 def dtype_class(dtype: torch.dtype) -> str:
-    """The dtype of a class; float64 has none, and keeps the defaults."""
+    """Return the dtype of a class; float64 has none, and keeps the defaults."""
     return "16-bit" if dtype in (torch.float16, torch.bfloat16) else str(dtype).split(".")[1]
 
 
@@ -131,7 +131,7 @@ def choose(
     positives: int,
     logits: int,
 ) -> AnyTiles:
-    """The first entry whose class holds the call, or the default."""
+    """Return the first entry whose class holds the call, or the default."""
     for kind, tiles in entries:
         if kind.holds(dtype, positives, logits):
             return tiles
@@ -139,7 +139,7 @@ def choose(
 
 
 def default_tiles(lanes: int = 32, major: int = 9) -> Tiles:
-    """The sizes for an unknown GPU of a warp size and a major compute capability."""
+    """Return the sizes for an unknown GPU of a warp size and a major compute capability."""
     if lanes == 64:  # the compiler for AMD keeps a whole tile in registers
         return Tiles(lanes=64, count_block=64, count_rows=2, gradient_block=64, gradient_rows=4)
     if major >= 10:  # packed float32 instructions take registers in pairs
@@ -148,7 +148,7 @@ def default_tiles(lanes: int = 32, major: int = 9) -> Tiles:
 
 
 def default_breakpoint_tiles(lanes: int, dtype: torch.dtype) -> BreakpointTiles:
-    """The sizes for logits of a dtype on an unknown GPU of a warp size."""
+    """Return the sizes for logits of a dtype on an unknown GPU of a warp size."""
     if dtype == torch.float64:  # no more than registers hold
         return BreakpointTiles(lanes, count_rows=4, gradient_rows=4)
     return BreakpointTiles(lanes, gradient_rows=16 if lanes == 64 else 32)
