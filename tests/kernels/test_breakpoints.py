@@ -24,6 +24,7 @@ sort = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
 segments_module = importlib.import_module("alrp_triton.kernels.segments")
 histogram = importlib.import_module("alrp_triton.kernels.breakpoints.histogram")
 dense = importlib.import_module("alrp_triton.kernels.breakpoints.dense")
+language = importlib.import_module("alrp_triton.kernels.language")
 scan = importlib.import_module("alrp_triton.kernels.breakpoints.scan")
 BreakpointTiles = importlib.import_module("alrp_triton.kernels.tuning.block_sizes").BreakpointTiles
 
@@ -276,12 +277,15 @@ def test_bins_of_a_large_call(positives: int, replicas: int, bits: int) -> None:
 
 
 def _most_a_replica_gets(shape: tuple[int, int], replicas: int, tiles: Any) -> tuple[int, int]:
-    """Of (anchors, classes) logits: added by the tiles, and taken away anchor by anchor."""
+    """Return the most that a replica gets of (anchors, classes) logits.
+
+    The first is added by the tiles, the second taken away if all anchors are ignored.
+    """
     anchors, classes = shape
     place = torch.arange(anchors * classes)
     tile, lane = place // (tiles.count_rows * tiles.lanes), place % tiles.lanes
     added = ((lane + tile * tiles.lanes) % replicas).bincount(minlength=replicas)
-    taken = (torch.arange(anchors) % replicas).bincount(minlength=replicas) * classes
+    taken = (place % replicas).bincount(minlength=replicas)
     return int(added.max()), int(taken.max())
 
 
@@ -290,10 +294,30 @@ def _most_a_replica_gets(shape: tuple[int, int], replicas: int, tiles: Any) -> t
 def test_the_slack_of_a_replica_is_enough(shape: tuple[int, int], rows: int) -> None:
     tiles = BreakpointTiles(count_rows=rows)
     level = torch.empty(shape, device="meta")[:, :, None]
-    slack = dense.pieces_of(level) * max(2 * rows, 8 * shape[1])
+    slack = dense.pieces_of(level) * 2 * rows
     for replicas in (32, 64, 256, 1024):
         share = level.numel() // replicas
         assert max(_most_a_replica_gets(shape, replicas, tiles)) <= share + slack
+
+
+@triton.jit
+def _ignored_kernel(ignored, found, classes, classes_magic, BLOCK: tl.constexpr):
+    given = dense.Anchors(None, BLOCK, classes, classes_magic, 1, (0, 0), -100)
+    lane = tl.arange(0, BLOCK)
+    order, number = dense.gather_ignored(tl.load(ignored + lane) != 0, BLOCK)
+    for first in range(0, number * classes, BLOCK):
+        anchor, channel, mask = dense.ignored_logits(order, number, first, given, BLOCK)
+        tl.atomic_add(found + anchor * classes + channel, 1, mask=mask)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 80])
+def test_each_logit_of_an_ignored_anchor_has_a_lane(classes: int) -> None:
+    """Once, and no other has; of none, some and all anchors of a block."""
+    for share in (0.0, 0.3, 1.0):
+        ignored = (torch.rand(8, device=DEVICE) < share).int()
+        found = torch.zeros(8, classes, dtype=torch.int32, device=DEVICE)
+        _ignored_kernel[(1,)](ignored, found, classes, language.magic_of(classes), BLOCK=8)
+        assert torch.equal(found, ignored[:, None].expand(8, classes))
 
 
 def test_pieces_are_no_more_than_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ CASES = {
     "grouped float64": ("float64", "int64", False, 1.0),
 }
 KERNELS = {
-    "_merge_kernel", "_table_kernel", "_count_kernel", "_remove_kernel", "_pattern_sums_kernel",
+    "_merge_kernel", "_table_kernel", "_count_kernel", "_pattern_sums_kernel",
     "_fold_kernel", "_points_kernel", "_stretch_kernel", "_integral_kernel", "_finish_kernel",
     "_slopes_kernel", "_linear_pieces_kernel", "_pattern_gradient_kernel", "_gradient_kernel",
     "_clear_kernel", "_positive_grads_kernel",

@@ -5,21 +5,20 @@ Where class indices tell, that is found out for the few that matter, anchor by a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import magic_of
+from ..language import divide, magic_of
 from ..strided import is_dense, origin_of, places_of, read_groups
 
 PATTERNS = 1 << 16  # of the bits of 16-bit logits
 
 _LONGEST = 1 << 30  # axis along which a place can be told from a number
 _PIECE = 1 << 22  # logits that are copied at a time where they do not fill their memory
-_WARPS = 4  # of a program that walks over anchors
 
 
 @triton.jit
@@ -125,19 +124,54 @@ def pattern_scores(logits, BLOCK: tl.constexpr):
     return pattern, pattern.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
+class Anchors(NamedTuple):
+    """The anchors of a level of class indices, as kernels hand them on: see `strided`."""
+
+    targets: Any  # (batch, places)
+    number: Any
+    classes: Any
+    classes_magic: Any  # what `language.divide` divides by
+    places: Any
+    strides: Any  # (row, place) of the targets
+    ignore_index: Any
+
+
 @triton.jit
-def read_anchors(
-    targets, anchors, classes, places, targets_0, targets_1, ignore_index, BLOCK: tl.constexpr
-):
-    """A block of anchors: (row, place, class index, which are positive, which are ignored)."""
-    anchor = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = anchor < anchors
-    row, place = anchor // places, anchor % places
-    channel = tl.load(targets + row * targets_0 + place * targets_1, mask=mask, other=0)
-    channel = channel.to(tl.int64)
-    ignored = mask & (channel == ignore_index)
-    positive = mask & (channel >= 0) & (channel < classes) & (channel != ignore_index)
+def read_anchors(anchors, block, BLOCK: tl.constexpr):
+    """Read a block of anchors: (row, place, class index, which are positive, which are ignored)."""
+    start = tl.cast(block, tl.int64) * BLOCK
+    first = start // anchors.places
+    place = (start - first * anchors.places).to(tl.int32) + tl.arange(0, BLOCK)
+    rows = place // anchors.places
+    row, place = first + rows, (place - rows * anchors.places).to(tl.int64)
+    mask = start + tl.arange(0, BLOCK) < anchors.number
+    at = anchors.targets + row * anchors.strides[0] + place * anchors.strides[1]
+    channel = tl.load(at, mask=mask, other=0).to(tl.int64)
+    ignored = mask & (channel == anchors.ignore_index)
+    positive = mask & (channel >= 0) & (channel < anchors.classes) & ~ignored
     return row, place, channel, positive, ignored
+
+
+@triton.jit
+def gather_ignored(ignored, BLOCK: tl.constexpr):
+    """Return where in a block the ignored anchors stand, in front of all else; and their number."""
+    lane = tl.arange(0, BLOCK)
+    number = tl.sum(ignored.to(tl.int32), 0)
+    return tl.sort(tl.where(ignored, lane, BLOCK - 1)), number
+
+
+@triton.jit
+def ignored_logits(order, number, first, anchors, BLOCK: tl.constexpr):
+    """Return the next logits of a block's ignored anchors, from the one numbered `first` on.
+
+    They are dealt out to the lanes anchor by anchor, class by class, so that no lane idles. Returns
+    (place of the anchor in the block, class, which lanes have one).
+    """
+    logit = first + tl.arange(0, BLOCK)
+    anchor, channel = divide(logit.to(tl.uint32), anchors.classes, anchors.classes_magic)
+    inside = logit < number * anchors.classes
+    anchor = tl.gather(order, tl.minimum(anchor.to(tl.int32), BLOCK - 1), 0)
+    return anchor, channel.to(tl.int64), inside
 
 
 def have_patterns(logits: Sequence[Tensor], segments: Any) -> bool:
@@ -162,7 +196,8 @@ def pieces(
     """
     beside = targets if targets.dim() == logits.dim() else logits
     dense = is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits))
-    if dense and (segments is None or max(logits.shape) < _LONGEST):
+    told_apart = logits.shape[2:] if segments is None else logits.shape
+    if dense and max(told_apart) < _LONGEST:
         yield logits, targets, segments, out
         return
     batch, classes, places = logits.shape
@@ -182,19 +217,22 @@ def pieces(
                 out[cut] = gradient
 
 
-def lay_out_anchors(
-    logits: Tensor, targets: Tensor, ignore_index: int, block: int
-) -> tuple[tuple[int], dict[str, Any]]:
-    """(grid, arguments) of a kernel that walks over the anchors of a level of class indices."""
-    grid = (triton.cdiv(targets.numel(), block),)
-    return grid, {
-        "targets": targets,
-        "anchors": targets.numel(),
+def lay_out_anchors(logits: Tensor, targets: Tensor | None, ignore_index: int) -> dict[str, Any]:
+    """Return the arguments by which a kernel walks over the anchors of a level of class indices.
+
+    Args:
+        logits: (B, C, M).
+        targets: (B, M); None of targets per logit, whose anchors nobody walks over.
+        ignore_index: of class indices.
+    """
+    strides = (0, 0) if targets is None else targets.stride()
+    return {
+        "anchor_targets": targets,
+        "anchors": 0 if targets is None else targets.numel(),
         "classes": logits.shape[1],
+        "classes_magic": magic_of(logits.shape[1]),
         "places": logits.shape[2],
-        "targets_0": targets.stride(0),
-        "targets_1": targets.stride(1),
+        "targets_0": strides[0],
+        "targets_1": strides[1],
         "ignore_index": ignore_index,
-        "BLOCK": block,
-        "num_warps": _WARPS,
     }

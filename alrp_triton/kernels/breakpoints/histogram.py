@@ -1,7 +1,7 @@
 """How many negatives lie in each interval between two breakpoints, and the sum of their distances.
 
 Logits are read as they lie in memory, without regard to what they are. Under class indices,
-positives and ignored anchors are few, and are taken out again afterwards. This is exact, because
+positives and ignored anchors are few, and are taken out again. This is exact, because
 everything that is added up over the logits is an integer:
 
 - a logit adds 1 to the number of its interval and its distance to the sum, in units of 2 delta /
@@ -33,7 +33,10 @@ from ..strided import Axes, Extent, Groups
 from ..tuning.block_sizes import BreakpointTiles
 from .dense import (
     PATTERNS,
+    Anchors,
+    gather_ignored,
     have_patterns,
+    ignored_logits,
     lay_out_anchors,
     lay_out_segments,
     pattern_of,
@@ -85,13 +88,11 @@ def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
 def pack_levels(logits: Sequence[Tensor], intervals: int, tiles: BreakpointTiles) -> Packing:
     """For a call.
 
-    Lanes and anchors go to the replicas in turn, so that of what is added a replica gets more than
-    its share by two columns of a tile at most, and of what is taken away by eight anchors; of each
-    piece that is read at once.
+    Lanes go to the replicas in turn, so that of what is added a replica gets more than its share by
+    two columns of a tile at most, in each piece that is read at once. What is taken away goes to
+    them in turn logit by logit.
     """
-    slack = sum(
-        pieces_of(level) * max(2 * tiles.count_rows, 8 * level.shape[1]) for level in logits
-    )
+    slack = sum(pieces_of(level) * 2 * tiles.count_rows for level in logits)
     return pack(sum(level.numel() for level in logits), intervals, slack, tiles.lanes)
 
 
@@ -232,48 +233,28 @@ def _count_across_segments(
         _add(bins, found, replica, inner, negative, 1, look_up.keys, packing)
 
 
-@jit
-def _count_kernel(
-    logits,  # (size,) as they lie in memory
-    targets,  # (size,) beside them, or None under class indices
-    segments,  # int32, see `memory.lay_out_segments`; None without groups
-    bins,  # (2P, replicas) int64, is added to; (3, 2P) of float64 logits
-    patterns,  # (65,536, LANES) int32, is added to; None but for 16-bit logits without groups
-    unordered,  # (1,) int64: the number of NaN, is added to
-    keys,
-    table,
-    flags,
+@triton.jit
+def _count_tiles(
+    level,
+    groups,
+    extent,
+    out,
     limits,
-    ends,
-    size: tl.int64,
-    segments_0: tl.int64,
-    segments_1: tl.int64,
-    segments_2: tl.int64,
-    middle,
-    inner,
-    middle_magic: tl.int64,
-    inner_magic: tl.int64,
-    cells,
-    replicas,
-    shift,
-    scale_bits: tl.int64,
-    most_bits: tl.int64,
-    breakpoints,
+    look_up,
+    packing,
+    programs,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of one level to the bins of their intervals, or to their patterns."""
-    dtype: tl.constexpr = keys.dtype.element_ty
-    scale, most = real(scale_bits, dtype), real(most_bits, dtype)
-    packing = Packed(replicas, shift, scale, most, breakpoints)
-    look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
-    extent = Extent(middle, inner, middle_magic, inner_magic)
+    """Add the negatives of every `programs`th tile of a level to the bins of their intervals."""
+    logits, targets, size = level
+    bins, patterns, unordered = out
     only = read_limits(limits, 0)
     tiles = tl.cdiv(size, ROWS * LANES).to(tl.int32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles, programs):
         # What is behind the end is NaN, which is not relevant to anything.
         raw, behind = read_tile(logits, tile, size, float("nan"), False, ROWS * LANES)
-        s = raw.to(dtype)
+        s = raw.to(look_up.keys.dtype.element_ty)
         highest = tl.reduce(s, 0, nan_maximum)
 
         # 1. A NaN has no interval; one that is not ignored leaves no number standing.
@@ -283,13 +264,12 @@ def _count_kernel(
 
         # 2. All else goes to the segment that it lies on.
         scores = (raw, s, highest)
-        if segments is None:
+        if groups.base is None:
             _count_tile(
                 tile, scores, 0, only, targets, bins, patterns, size, look_up, packing,
                 ROWS, LANES,
             )  # fmt: skip
         else:
-            groups = Groups(segments, Axes(segments_0, segments_1, segments_2))
             alone, segment, origin = segment_of_tile(groups, extent, tile, size, ROWS * LANES)
             if alone:
                 of_segment = read_limits(limits, segment)
@@ -305,28 +285,85 @@ def _count_kernel(
                 )
 
 
+@triton.jit
+def _remove(logits, segment, replica, mask, out, limits, look_up, packing):
+    """Take logits that are no negatives out of the bins again."""
+    bins, unordered = out
+    s = tl.load(logits, mask=mask, other=float("-inf")).to(look_up.keys.dtype.element_ty)
+    nan = tl.sum((mask & (s != s)).to(tl.int64), 0)
+    tl.atomic_add(unordered, -nan, mask=nan > 0, sem="relaxed")
+    limits = read_limits(limits, segment)
+    mask = mask & (s >= limits.lowest)
+    s = within(s, limits)
+    found = find(s, segment, limits, look_up)
+    _add(bins, found, replica & (packing.replicas - 1), s, mask, -1, look_up.keys, packing)
+
+
+@triton.jit
+def _remove_anchors(
+    anchors, block, level, groups, out, limits, look_up, packing, BLOCK: tl.constexpr
+):
+    """Take a block of anchors out: positives at their class, ignored ones at all classes.
+
+    They take turns at the replicas in the order of their logits, so that none gets more than its
+    share.
+    """
+    logits, strides = level
+    row, place, channel, positive, ignored = read_anchors(anchors, block, BLOCK)
+    number = block * BLOCK + tl.arange(0, BLOCK)  # may overflow: what counts are its last bits
+    at = logits + row * strides.outer + place * strides.inner
+    segment = tl.zeros((BLOCK,), tl.int32)
+    if groups.base is not None:
+        of_anchor = groups.base + row * groups.strides[0] + place * groups.strides[1]
+        segment = tl.load(of_anchor, mask=positive | ignored, other=0)
+    if tl.max(positive.to(tl.int32), 0) > 0:
+        replica = number * anchors.classes + channel.to(tl.int32)
+        here = at + channel * strides.middle
+        _remove(here, segment, replica, positive, out, limits, look_up, packing)
+    order, many = gather_ignored(ignored, BLOCK)
+    for first in range(0, many * anchors.classes, BLOCK):
+        anchor, channel, mask = ignored_logits(order, many, first, anchors, BLOCK)
+        here = logits + tl.gather(row, anchor, 0) * strides.outer + channel * strides.middle
+        here += tl.gather(place, anchor, 0) * strides.inner
+        replica = (block * BLOCK + anchor) * anchors.classes + channel.to(tl.int32)
+        theirs = tl.gather(segment, anchor, 0)
+        _remove(here, theirs, replica, mask, out, limits, look_up, packing)
+
+
 @jit
-def _remove_kernel(
-    logits,  # (batch, classes, places), one level
-    targets,  # (batch, places) class indices
-    segments,  # (batch, places) int32; None without groups
-    bins,  # as in `_count_kernel`, are taken from; so is the next
-    unordered,
+def _count_kernel(
+    logits,  # one level: (size,) as they lie in memory, (batch, classes, places) by its strides
+    targets,  # (size,) beside them, or None under class indices
+    anchor_targets,  # (batch, places) class indices, or None
+    segments,  # int32, see `dense.lay_out_segments`; None without groups
+    bins,  # (2P, replicas) int64, is added to; (3, 2P) of float64 logits
+    patterns,  # (65,536, LANES) int32, is added to; None but for 16-bit logits without groups
+    unordered,  # (1,) int64: the number of NaN, is added to
     keys,
     table,
     flags,
     limits,
     ends,
+    programs,  # that count tiles; those behind them take out what is no negative
+    size: tl.int64,
+    segments_0: tl.int64,
+    segments_1: tl.int64,
+    segments_2: tl.int64,
+    middle,
+    inner,
+    middle_magic: tl.int64,
+    inner_magic: tl.int64,
     anchors: tl.int64,
     classes,
+    classes_magic: tl.int64,
     places,
     logits_0: tl.int64,
     logits_1: tl.int64,
     logits_2: tl.int64,
     targets_0: tl.int64,
     targets_1: tl.int64,
-    segments_0: tl.int64,
-    segments_1: tl.int64,
+    anchor_segments_0: tl.int64,
+    anchor_segments_1: tl.int64,
     ignore_index,
     cells,
     replicas,
@@ -334,34 +371,34 @@ def _remove_kernel(
     scale_bits: tl.int64,
     most_bits: tl.int64,
     breakpoints,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Takes out again what `_count_kernel` has counted and is no negative."""
+    """Count the negatives of one level in the bins of their intervals, or in their patterns.
+
+    Under class indices all logits are counted, and those of positives and of ignored anchors taken
+    out again by other programs: in integers, so that it does not matter who comes first.
+    """
     dtype: tl.constexpr = keys.dtype.element_ty
     scale, most = real(scale_bits, dtype), real(most_bits, dtype)
     packing = Packed(replicas, shift, scale, most, breakpoints)
     look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
-    row, place, channel, positive, ignored = read_anchors(
-        targets, anchors, classes, places, targets_0, targets_1, ignore_index, BLOCK
-    )
-    segment = tl.program_id(0) * 0
-    if segments is not None:
-        own = segments + row * segments_0 + place * segments_1
-        segment = tl.load(own, mask=positive | ignored, other=0)
-    limits = read_limits(limits, segment)
-    replica = (tl.arange(0, BLOCK) + tl.program_id(0) * BLOCK) & (replicas - 1)
-    # Positives at their class, which is the round -1, then ignored anchors class by class.
-    start = -tl.max(positive.to(tl.int32), 0)
-    for c in range(start, tl.max(ignored.to(tl.int32), 0) * classes):
-        mask = tl.where(c < 0, positive, ignored)
-        at = row * logits_0 + tl.where(c < 0, channel, c) * logits_1 + place * logits_2
-        s = tl.load(logits + at, mask=mask, other=float("-inf")).to(dtype)
-        nan = tl.sum((mask & (s != s)).to(tl.int64), 0)
-        tl.atomic_add(unordered, -nan, mask=nan > 0, sem="relaxed")
-        mask = mask & (s >= limits.lowest)
-        s = within(s, limits)
-        found = find(s, segment, limits, look_up)
-        _add(bins, found, replica, s, mask, -1, keys, packing)
+    program = tl.program_id(0)
+    # What both branches name must be of one type, so each has names of its own.
+    if program < programs:
+        extent = Extent(middle, inner, middle_magic, inner_magic)
+        groups = Groups(segments, Axes(segments_0, segments_1, segments_2))
+        level, out = (logits, targets, size), (bins, patterns, unordered)
+        _count_tiles(level, groups, extent, out, limits, look_up, packing, programs, ROWS, LANES)
+    elif anchor_targets is not None:
+        of_targets = targets_0, targets_1
+        given = Anchors(
+            anchor_targets, anchors, classes, classes_magic, places, of_targets, ignore_index
+        )
+        of_anchors = Groups(segments, (anchor_segments_0, anchor_segments_1))
+        strided, less = (logits, Axes(logits_0, logits_1, logits_2)), (bins, unordered)
+        block = program - programs
+        _remove_anchors(given, block, strided, of_anchors, less, limits, look_up, packing, LANES)
 
 
 @jit
@@ -449,6 +486,19 @@ def _fold_kernel(
     tl.store(distances + place, tl.where(inside, total + number * rounded, 0.0), mask=mask)
 
 
+def _of_anchors(
+    logits: Tensor, targets: Tensor, segments: Tensor | None, ignore_index: int
+) -> dict[str, Any]:
+    """Return the arguments by which anchors are taken out; nothing is, of targets per logit."""
+    strides = logits.stride()
+    arguments = {f"logits_{axis}": strides[axis] for axis in range(3)}
+    of_segments = (0, 0) if segments is None else segments.stride()[:2]
+    arguments |= {f"anchor_segments_{axis}": of_segments[axis] for axis in range(2)}
+    if targets.dim() == logits.dim():
+        return arguments | lay_out_anchors(logits, None, ignore_index)
+    return arguments | lay_out_anchors(logits, targets, ignore_index)
+
+
 def count_negatives(
     batch: Batch, breakpoints: Breakpoints, tiles: BreakpointTiles, segments: Segments | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -478,34 +528,22 @@ def count_negatives(
     }
     for level, target, of_level in by_level(batch, segments):
         for piece, beside, segment, _ in pieces(level, target, of_level) if level.numel() else ():
-            per_logit = beside.dim() == piece.dim()
             programs = min(triton.cdiv(piece.numel(), tile), tiles.programs)
-            _count_kernel[(programs,)](
+            anchors = _of_anchors(piece, beside, segment, batch.ignore_index)
+            _count_kernel[(programs + triton.cdiv(anchors["anchors"], tiles.lanes),)](
                 logits=piece,
-                targets=beside if per_logit else None,
+                targets=None if anchors["anchors"] else beside,
                 patterns=patterns,
+                programs=programs,
                 size=piece.numel(),
                 ROWS=tiles.count_rows,
                 LANES=tiles.lanes,
                 num_warps=1,
+                **anchors,
                 **lay_out_segments(piece, segment),
                 **add,
                 **breakpoints.look_up,
             )
-            if not per_logit:
-                grid, anchors = lay_out_anchors(piece, beside, batch.ignore_index, tiles.block)
-                _remove_kernel[grid](
-                    logits=piece,
-                    logits_0=piece.stride(0),
-                    logits_1=piece.stride(1),
-                    logits_2=piece.stride(2),
-                    segments=segment,
-                    segments_0=0 if segment is None else segment.stride(0),
-                    segments_1=0 if segment is None else segment.stride(1),
-                    **anchors,
-                    **add,
-                    **breakpoints.look_up,
-                )
     if patterns is not None:
         _pattern_sums_kernel[(PATTERNS // tiles.patterns,)](
             logits=logits[0],

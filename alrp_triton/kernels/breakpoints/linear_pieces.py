@@ -14,7 +14,10 @@ from ..strided import Axes, Extent, Groups
 from ..tuning.block_sizes import BreakpointTiles
 from .dense import (
     PATTERNS,
+    Anchors,
+    gather_ignored,
     have_patterns,
+    ignored_logits,
     is_aligned,
     lay_out_anchors,
     lay_out_segments,
@@ -174,7 +177,7 @@ def _gradient_of_tile(s, highest, segment, limits, look_up, linear_pieces, break
 def _gradient_kernel(
     logits,  # (size,) as they lie in memory
     targets,  # (size,) beside them, or None under class indices
-    segments,  # int32, see `memory.lay_out_segments`; None without groups
+    segments,  # int32, see `dense.lay_out_segments`; None without groups
     patterns,  # (65,536,) of 16-bit logits without groups, else None
     linear_pieces,
     out,  # (size,) beside the logits
@@ -235,10 +238,11 @@ def _gradient_kernel(
 
 @jit
 def _clear_kernel(
-    targets,  # (batch, places) class indices
+    anchor_targets,  # (batch, places) class indices
     out,  # (batch, classes, places), one level
     anchors: tl.int64,
     classes,
+    classes_magic: tl.int64,
     places,
     out_0: tl.int64,
     out_1: tl.int64,
@@ -248,16 +252,17 @@ def _clear_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    """Writes 0 over what `_gradient_kernel` has taken for negatives and is none."""
-    row, place, channel, positive, ignored = read_anchors(
-        targets, anchors, classes, places, targets_0, targets_1, ignore_index, BLOCK
-    )
+    """Write 0 over what `_gradient_kernel` has taken for negatives and is none."""
+    strides = targets_0, targets_1
+    given = Anchors(anchor_targets, anchors, classes, classes_magic, places, strides, ignore_index)
+    row, place, channel, positive, ignored = read_anchors(given, tl.program_id(0), BLOCK)
     nothing = tl.zeros((BLOCK,), out.dtype.element_ty)
-    start = -tl.max(positive.to(tl.int32), 0)
-    for c in range(start, tl.max(ignored.to(tl.int32), 0) * classes):
-        mask = tl.where(c < 0, positive, ignored)
-        at = row * out_0 + tl.where(c < 0, channel, c) * out_1 + place * out_2
-        tl.store(out + at, nothing, mask=mask)
+    tl.store(out + row * out_0 + channel * out_1 + place * out_2, nothing, mask=positive)
+    order, number = gather_ignored(ignored, BLOCK)
+    for first in range(0, number * classes, BLOCK):
+        anchor, channel, mask = ignored_logits(order, number, first, given, BLOCK)
+        at = out + tl.gather(row, anchor, 0) * out_0 + channel * out_1
+        tl.store(at + tl.gather(place, anchor, 0) * out_2, nothing, mask=mask)
 
 
 def write_gradient(
@@ -306,13 +311,14 @@ def write_gradient(
                 **breakpoints.look_up,
             )
             if not per_logit:
-                grid, anchors = lay_out_anchors(piece, beside, batch.ignore_index, tiles.block)
-                _clear_kernel[grid](
+                _clear_kernel[(triton.cdiv(beside.numel(), tiles.lanes),)](
                     out=slot,
                     out_0=slot.stride(0),
                     out_1=slot.stride(1),
                     out_2=slot.stride(2),
-                    **anchors,
+                    BLOCK=tiles.lanes,
+                    num_warps=1,
+                    **lay_out_anchors(piece, beside, batch.ignore_index),
                 )
 
 
