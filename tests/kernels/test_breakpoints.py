@@ -276,7 +276,10 @@ def test_bins_of_a_large_call(positives: int, replicas: int, bits: int) -> None:
 
 
 def _most_a_replica_gets(shape: tuple[int, int], replicas: int, tiles: Any) -> tuple[int, int]:
-    """Of (anchors, classes) logits: added by the tiles, and taken away anchor by anchor."""
+    """Return the most that a replica gets of (anchors, classes) logits.
+
+    The first is added by the tiles, the second taken away anchor by anchor.
+    """
     anchors, classes = shape
     place = torch.arange(anchors * classes)
     tile, lane = place // (tiles.count_rows * tiles.lanes), place % tiles.lanes

@@ -64,7 +64,9 @@ class Packing(NamedTuple):
 
 
 def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
-    """As many bits as fit: both fields of a bin hold what its replica can get, added or taken away.
+    """Pack as many bits as fit.
+
+    Both fields of a bin hold what its replica of the histogram can get, added or taken away.
 
     Args:
         logits: N, of all levels.
@@ -83,7 +85,7 @@ def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
 
 
 def pack_levels(logits: Sequence[Tensor], intervals: int, tiles: BreakpointTiles) -> Packing:
-    """For a call.
+    """Choose the packing for a call.
 
     Lanes and anchors go to the replicas in turn, so that of what is added a replica gets more than
     its share by two columns of a tile at most, and of what is taken away by eight anchors; of each
@@ -107,14 +109,14 @@ class Packed(NamedTuple):
 
 @triton.jit
 def _distance(scores, found, keys, scale, most):
-    """How far scores stand above the breakpoint before them, in units, rounded."""
+    """Return how far scores stand above the breakpoint before them, in units, rounded."""
     distance = scores - tl.load((keys - 1) + found)
     return tl.minimum(tl.fma(distance, scale, 0.5), most).to(tl.int32).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _add(bins, found, replica, scores, mask, SIGN: tl.constexpr, keys, packing):
-    """Adds scores to the bins of their intervals, or takes them away again."""
+    """Add scores to the bins of their intervals, or take them away again."""
     replicas, shift, scale, most, breakpoints = packing
     if scores.dtype == tl.float64:
         distance = tl.minimum((scores - tl.load((keys - 1) + found)) * scale, most)
@@ -135,7 +137,7 @@ def _add(bins, found, replica, scores, mask, SIGN: tl.constexpr, keys, packing):
 def _add_together(
     bins, found, tile, scores, mask, keys, packing, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
-    """Adds a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
+    """Add a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
     replicas, shift, scale, most, _ = packing
     distance = _distance(scores, found, keys, scale, most)
     distance = tl.reshape(tl.where(mask, distance, 0), (ROWS, LANES))
@@ -148,7 +150,10 @@ def _add_together(
 
 @triton.jit
 def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Of a tile whose places behind the end read as NaN; with targets, among the negatives."""
+    """Count the NaN of a tile, whose places behind the end read as NaN.
+
+    With targets, count those among the negatives.
+    """
     nan = s != s
     if targets is not None:
         nan = nan & (read_tile(targets, tile, size, 1.0, False, ROWS * LANES)[0] == 0)
@@ -158,7 +163,7 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
 
 @triton.jit
 def _lane(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The lane of each place of a tile."""
+    """Return the lane of each place of a tile."""
     return tl.arange(0, ROWS * LANES) & (LANES - 1)
 
 
@@ -177,7 +182,7 @@ def _count_tile(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of a tile that lies on one segment."""
+    """Add the negatives of a tile that lies on one segment."""
     raw, s, highest = scores
     lowest, keys = limits.lowest, look_up.keys
 
@@ -220,7 +225,7 @@ def _count_across_segments(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of a tile, each on a segment of its own."""
+    """Add the negatives of a tile, each on a segment of its own."""
     negative = s >= limits.lowest
     if targets is not None:
         of_tile, _ = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)
@@ -262,7 +267,7 @@ def _count_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of one level to the bins of their intervals, or to their patterns."""
+    """Add the negatives of one level to the bins of their intervals, or to their patterns."""
     dtype: tl.constexpr = keys.dtype.element_ty
     scale, most = real(scale_bits, dtype), real(most_bits, dtype)
     packing = Packed(replicas, shift, scale, most, breakpoints)
@@ -336,7 +341,7 @@ def _remove_kernel(
     breakpoints,
     BLOCK: tl.constexpr,
 ):
-    """Takes out again what `_count_kernel` has counted and is no negative."""
+    """Take out again what `_count_kernel` has counted and is no negative."""
     dtype: tl.constexpr = keys.dtype.element_ty
     scale, most = real(scale_bits, dtype), real(most_bits, dtype)
     packing = Packed(replicas, shift, scale, most, breakpoints)
@@ -381,7 +386,7 @@ def _pattern_sums_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Looks up each bit pattern that has been counted."""
+    """Look up each bit pattern that has been counted."""
     pattern, s = pattern_scores(logits, BLOCK)
     limits = read_limits(limits, 0)
     look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
@@ -413,7 +418,7 @@ def _fold_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Puts the replicas of the bins together."""
+    """Sum the replicas of the histogram, bin by bin."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < breakpoints
     unit = real(unit_bits, tl.float64)
