@@ -30,7 +30,7 @@ def localisation_errors(
     tau: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
-    """Eloc of each pair of boxes (Sec. 2.2), differentiable by both.
+    """Return Eloc of each pair of boxes (Sec. 2.2), differentiable by both.
 
         Eloc = (1 - IoU) / (1 - tau)           kind "iou"
         Eloc = (1 - X) / 2 / (1 - tau)         X = GIoU, DIoU or CIoU
@@ -125,7 +125,10 @@ class _TritonGradient(torch.autograd.Function):
 
 
 def box_overlap(pred_boxes: Tensor, target_boxes: Tensor, kind: str = "giou") -> Tensor:
-    """IoU, GIoU, DIoU or CIoU of each pair of boxes, (P, 4) and (P, 4) to (P,), differentiable."""
+    """Return IoU, GIoU, DIoU or CIoU (P,) of each pair of boxes, (P, 4) and (P, 4).
+
+    It is differentiable by both.
+    """
     dtype = torch.promote_types(pred_boxes.dtype, target_boxes.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     boxes = torch.cat([pred_boxes.to(dtype), target_boxes.to(dtype)], 1)
@@ -168,7 +171,7 @@ class _SpoilWithTangent(_Spoil):
 
 
 def _overlap(boxes: Tensor, kind: str) -> Tensor:
-    """The overlap of pairs (P, 8), finite with a finite gradient whatever they hold."""
+    """Return the overlap of pairs (P, 8), finite with a finite gradient whatever they hold."""
     # (P, pred or target, x or y)
     low, high = _comparable(boxes).unflatten(1, (2, 2, 2)).unbind(2)
     own = high - low
@@ -203,7 +206,7 @@ def _overlap(boxes: Tensor, kind: str) -> Tensor:
 
 
 def _comparable(boxes: Tensor) -> Tensor:
-    """Pairs in units of their largest coordinate, where no area overflows or vanishes.
+    """Return pairs in units of their largest coordinate: no area overflows or vanishes in them.
 
     A unit is a power of 2, so nothing is rounded. An overlap does not depend on it, so gradients
     are right with the unit held. NaN becomes 0, an infinity the largest number.
@@ -214,12 +217,12 @@ def _comparable(boxes: Tensor) -> Tensor:
 
 
 def _per_power(x: Tensor) -> Tensor:
-    """2 / the largest power of 2 that x reaches, exactly: what brings x into [2, 4)."""
+    """Return 2 / the largest power of 2 that x reaches, exactly: it brings x into [2, 4)."""
     return 4 * torch.frexp(x).mantissa / x
 
 
 def _areas(own: Tensor, shared: Tensor, *around: Tensor) -> tuple[Tensor, Tensor]:
-    """Of both boxes, of what they share, and of the box around them: areas (P, 3 or 4), and sides.
+    """Return areas of both boxes, what they share, and the box around (P, 3 or 4), and sides.
 
     Sides are (P, 3 or 4, 2). A negative one is 0.
     """
@@ -237,13 +240,16 @@ def _inter_and_union(areas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 with gradient 0 where b is next to nothing."""
+    """Return a / b, and 0 with gradient 0 where b is next to nothing."""
     nothing = b < MIN_AREA
     return torch.where(nothing, 0.0, a) / torch.where(nothing, 1.0, b)
 
 
 def _angle(sides: Tensor) -> Tensor:
-    """arctan(width / height), in [0, pi / 2], of sides (..., 2); 0 with gradient 0 for a point."""
+    """Return arctan(width / height), in [0, pi / 2], of sides (..., 2).
+
+    It is 0 with gradient 0 for a point.
+    """
     longest = sides.detach().amax(-1, keepdim=True)
     point = longest < MIN_AREA
     # In units of the longer side: the square of a short one would vanish.
@@ -253,7 +259,7 @@ def _angle(sides: Tensor) -> Tensor:
 
 
 def as_corners(boxes: Tensor, name: str) -> Tensor:
-    """Boxes as a plain tensor of corners (x1, y1, x2, y2), by the format that they may carry.
+    """Return boxes as plain corners (x1, y1, x2, y2), by the format that they may carry.
 
     Raises:
         ValueError: naming the argument `name`, if boxes of that format have no such corners.
@@ -267,13 +273,13 @@ def as_corners(boxes: Tensor, name: str) -> Tensor:
 
 
 def format_of(boxes: Tensor) -> str:
-    """The format that boxes carry as torchvision's `BoundingBoxes` do, in an enumeration's name."""
+    """Return the format, an enumeration's name, that boxes such as `BoundingBoxes` carry."""
     form = getattr(boxes, "format", None) or "XYXY"
     return str(getattr(form, "name", form)).upper()
 
 
 def to_corners(boxes: Tensor, form: str) -> Tensor:
-    """Corners (x1, y1, x2, y2) of plain boxes of one of `FORMATS`."""
+    """Return corners (x1, y1, x2, y2) of plain boxes of one of `FORMATS`."""
     if form == "XYXY":
         return boxes
     start, size = boxes[..., :2], boxes[..., 2:]
@@ -309,7 +315,7 @@ def _check(pred_boxes: Tensor, target_boxes: Tensor, kind: str, tau: float) -> N
 
 
 def check_kind(kind: str, tau: float, name: str = "kind") -> None:
-    """Raises TypeError or ValueError if there is no such error; to the caller `kind` is `name`."""
+    """Raise TypeError or ValueError if there is no such error; to the caller `kind` is `name`."""
     if not isinstance(kind, str):
         raise TypeError(f"{name}: expected one of {', '.join(KINDS)}, got {type(kind).__name__}")
     if kind not in KINDS:

@@ -88,13 +88,13 @@ def blank_padding(x: Tensor, ranking: Ranking, fill: float = 0.0) -> Tensor:
 
 
 def mean_error(errors: Errors, ranking: Ranking) -> Tensor:
-    """L = (1/Z) sum_i l(i) (Theorem 1), in the dtype of the scores; 0 without a positive."""
+    """Return L = (1/Z) sum_i l(i) (Theorem 1) in the scores' dtype; 0 without a positive."""
     each = blank_padding(errors.error / errors.normaliser, ranking)
     return each.sum().to(ranking.scores.dtype)
 
 
 def attach(value: Tensor, counts: Counts, errors: Errors, ranking: Ranking) -> Tensor:
-    """`value`, with the error-driven gradient of the loss `errors` by every logit (Algorithm 1)."""
+    """Attach the error-driven gradient of `errors` by every logit (Algorithm 1) to `value`."""
     if not _is_wanted(ranking):
         return value
     (attached,) = _apply([value], _ranking_update(counts, errors, ranking), [], ranking)
@@ -109,7 +109,7 @@ def attach_sorting(
     errors: tuple[Errors, Errors],
     ranking: Ranking,
 ) -> tuple[Tensor, Tensor]:
-    """The ranking and the sorting value of Rank & Sort, each with its gradient by every logit.
+    """Attach to ranking and sorting value of Rank & Sort their gradients by every logit.
 
     One pass over the logits serves both, whatever each is multiplied by.
     """
@@ -122,7 +122,7 @@ def attach_sorting(
 
 
 def _is_wanted(ranking: Ranking) -> bool:
-    """Whether anybody differentiates by the logits; in forward mode, to be told that it can't."""
+    """Return whether anybody differentiates by the logits; in forward mode too, to be refused."""
     if torch.is_grad_enabled() and any(level.requires_grad for level in ranking.batch.logits):
         return True
     if not torch.compiler.is_compiling():
@@ -145,7 +145,7 @@ class _Update(NamedTuple):
 
 
 def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update:
-    """Positive i gets -D(i) / Z and lays D(i) p(j|i) / Z on each negative j.
+    """Give positive i -D(i) / Z, and lay D(i) p(j|i) / Z on each negative j.
 
     D(i) = l(i) - l*(i), and p(j|i) = H(x_ij) / NFP(i), or skewed. Both sides sum to the same
     (Theorem 2).
@@ -164,7 +164,7 @@ def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update
 def _sorting_update(
     sorting: SortingCounts, quality: Tensor, errors: Errors, ranking: Ranking
 ) -> Tensor:
-    """(P,) the gradient by the positives: the error of i is spread over the worse ones above it."""
+    """Return the gradient by the positives (P,): the error of i lies on the worse ones above it."""
     update, nothing = _share(sorting.worse, errors)
     weights = (update / sorting.worse).masked_fill_(nothing, 0.0)
     given = ranking.positives(ranking.scores)
@@ -176,7 +176,7 @@ _MIN_ABOVE = 2.0**-900  # quotients by more than this are finite, times what may
 
 
 def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:
-    """D(i) / Z, 0 where nothing stands above i to take it; and where nothing does.
+    """Return D(i) / Z, 0 where nothing stands above i to take it; and where nothing does.
 
     Above padding nothing stands. NaN is something, and stays visible. So little that D(i) could not
     be divided by it (a float64 logit a hair inside the window) is nothing, for both sides alike.
@@ -210,14 +210,14 @@ def _apply(
 
 
 def _function() -> type[ErrorDrivenUpdate]:
-    """The form of the autograd function that torch takes here; all do the same."""
+    """Return the form of the autograd function that torch takes here; all do the same."""
     if torch.compiler.is_compiling():
         return ErrorDrivenUpdate
     return TransformedUpdate if _is_transformed() else EagerUpdate
 
 
 def _is_transformed() -> bool:
-    """Whether this runs under a transform of `torch.func`; torch asks the same of a function."""
+    """Return whether this runs under a transform of `torch.func`; torch asks it alike."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -231,13 +231,13 @@ class ErrorDrivenUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:
-        """Keeps what backward needs; returns copies of the values, no views of anything."""
+        """Keep what backward needs; return copies of the values, no views of anything."""
         _keep(ctx, given)
         return _copies(given)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient by every level of logits."""
+        """Return the gradient by every level of logits."""
         index, scores, weights, powers, positive_groups, *rest = ctx.saved_tensors
         levels = rest[len(upstream) :]
         logits, targets, groups = (
@@ -281,7 +281,7 @@ class EagerUpdate(ErrorDrivenUpdate):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        """Always raises."""
+        """Raise in any case: there is no forward mode."""
         _raise_forward_mode()
 
 
@@ -292,12 +292,12 @@ class TransformedUpdate(EagerUpdate):
 
     @staticmethod
     def forward(*given: Any) -> tuple[Tensor, ...]:
-        """Copies of the values."""
+        """Return copies of the values."""
         return _copies(given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keeps what backward needs."""
+        """Keep what backward needs."""
         _keep(ctx, inputs)
 
 
@@ -319,22 +319,22 @@ class NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(upstream: Tensor, *logits_and_gradients: Tensor) -> tuple[Tensor, ...]:
-        """Copies of the gradients, attached to the logits."""
+        """Return copies of the gradients, attached to the logits."""
         half = len(logits_and_gradients) // 2
         return tuple(gradient.clone() for gradient in logits_and_gradients[half:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> None:
-        """Always raises."""
+        """Raise in any case: there is no second derivative."""
         _raise_second_derivative()
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> None:
-        """Always raises."""
+        """Raise in any case: there is no second derivative."""
         _raise_second_derivative()
 
 

@@ -94,7 +94,7 @@ def alrp_loss(
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """aLRP Loss, Eq. 10 and 11: ranking for classification and localisation.
+    """Return the aLRP Loss, Eq. 10 and 11: ranking for classification and localisation.
 
         aLRP = (1/|P|) sum_i (NFP(i) + Eloc(i) + S(i)) / rank(i) = cls + loc
         cls  = (1/|P|) sum_i  NFP(i) / rank(i)
@@ -154,7 +154,7 @@ def ap_loss(
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
-    """AP Loss, Eq. 2 and 4: one minus the mean precision at the positives.
+    """Return the AP Loss, Eq. 2 and 4: one minus the mean precision at the positives.
 
         AP = (1/|P|) sum_i NFP(i) / rank(i)
 
@@ -203,7 +203,7 @@ def ndcg_loss(
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
-    """NDCG Loss with binary relevance: one minus the normalised discounted cumulative gain.
+    """Return the NDCG Loss, binary relevance: one minus normalised discounted cumulative gain.
 
         NDCG = 1 - (1/Gmax) sum_i 1/log2(1 + rank(i)),   Gmax = sum_{r=1}^{|P|} 1/log2(1 + r)
 
@@ -254,7 +254,7 @@ def rank_sort_loss(
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Rank & Sort Loss: positives above negatives, and among themselves by their quality q.
+    """Return the Rank & Sort Loss: positives above negatives, and by their quality q in order.
 
         ranking = (1/|P|) sum_i NFP(i) / rank(i)                             (AP Loss)
         sorting = (1/|P|) sum_i [mean over k of 1 - q_k]                     (its l(i))
@@ -322,7 +322,7 @@ def error_driven_loss(
     impl: str = "auto",
     algorithm: str = "auto",
 ) -> Tensor:
-    """Any ranking loss L = (1/Z) sum_i l(i), optimised by Algorithm 1 of the paper.
+    """Return any ranking loss L = (1/Z) sum_i l(i), optimised by Algorithm 1 of the paper.
 
         dL/ds_i = -(l(i) - l*(i)) / Z                                   for i in P with NFP(i) > 0
         dL/ds_j = (1/Z) sum_i (l(i) - l*(i)) H(x_ij) / NFP(i)           for j in N
@@ -392,7 +392,7 @@ def error_driven_loss(
 
 
 def _check_errors(returned: Any, nfp: Tensor) -> Errors:
-    """What an errors function returned, l and l* as (P,) float64; a scalar is that of each."""
+    """Return l and l* of an errors function as (P,) float64; a scalar is that of each positive."""
     if not isinstance(returned, (tuple, list)) or len(returned) != 3:
         number = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
         raise TypeError(

@@ -40,7 +40,7 @@ def prepare_ranking(
     per_positive: tuple[str, Tensor | None],
     skew: float = 0.0,
 ) -> Ranking:
-    """Checks what every loss takes, lays the levels out as (B, C, M), and finds the positives."""
+    """Check what every loss takes, lay the levels out as (B, C, M), and find the positives."""
     delta = check_delta(delta)
     ignore_index = check_ignore_index(ignore_index)
     backend.check_backend(impl, algorithm)
@@ -80,7 +80,10 @@ def prepare_ranking(
 
 
 def check_delta(delta: float, name: str = "delta") -> float:
-    """The half-width as a float; TypeError or ValueError if not every algorithm takes it."""
+    """Return the half-width as a float.
+
+    Raise TypeError or ValueError if not every algorithm takes it.
+    """
     delta = check_number(name, delta)
     if delta != 0 and not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
         raise ValueError(
@@ -91,7 +94,7 @@ def check_delta(delta: float, name: str = "delta") -> float:
 
 
 def check_number(name: str, given: Any) -> float:
-    """A real number as a float, infinite if it is too large for one; TypeError if it is none.
+    """Return a real number as a float, infinite if it is too large for one; else raise TypeError.
 
     A tensor is none: to ask its value is to wait for its device.
     """
@@ -108,7 +111,10 @@ _BEYOND_FLOAT = 1 << 1023
 
 
 def check_ignore_index(given: Any) -> int:
-    """The class index that takes an anchor out; TypeError or ValueError if targets hold no such."""
+    """Return the class index that takes an anchor out.
+
+    Raise TypeError or ValueError if targets hold no such.
+    """
     if isinstance(given, bool) or not isinstance(given, (int, numbers.Integral)):
         raise TypeError(f"ignore_index: expected an integer, got {_kind(given)}")
     index = given if isinstance(given, int) else int(given)
@@ -118,7 +124,7 @@ def check_ignore_index(given: Any) -> int:
 
 
 def check_dense(name: str, given: Any, expected: str) -> None:
-    """TypeError unless it is a tensor that holds its own numbers, strided."""
+    """Raise TypeError unless it is a tensor that holds its own numbers, strided."""
     if not isinstance(given, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {_kind(given)}")
     if given.layout != torch.strided or given.is_nested:
@@ -155,7 +161,7 @@ def _levels(name: str, given: LogitsOrLevels) -> list[Tensor]:
 def _lay_out(
     logits: Tensor, targets: Tensor, first: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """A level as (B, C, M), its targets as (B, M) or (B, C, M): views, if the strides allow."""
+    """Return a level as (B, C, M), its targets as (B, M) or (B, C, M): views, if strides allow."""
     if logits.dtype not in _DTYPES:
         raise TypeError(
             "logits: expected float32, bfloat16, float16 or float64, "
@@ -192,7 +198,7 @@ def _lay_out(
 
 
 def _comparable(targets: Tensor, per_logit: bool) -> Tensor:
-    """The targets in a dtype that has comparisons on every torch; TypeError if they have none."""
+    """Return the targets in a dtype with comparisons on every torch, or raise TypeError."""
     dtype = targets.dtype
     if dtype in _UNSIGNED:
         targets = targets.long()
@@ -210,7 +216,7 @@ def _lay_out_groups(
     logits: Sequence[Tensor],
     laid_out: Sequence[tuple[Tensor, Tensor]],
 ) -> list[Tensor]:
-    """The groups in the shapes of the targets that were laid out: views, if the strides allow."""
+    """Return the groups in the shapes of the laid out targets: views, if the strides allow."""
     if groups is None:
         return []
     level_groups = _levels("groups", groups)
@@ -250,7 +256,7 @@ def _size(
     positives: Tensor | None,
     per_positive: tuple[str, Tensor | None],
 ) -> tuple[int, bool]:
-    """How many positives to make room for, and whether that is their exact number."""
+    """Return how many positives to make room for, and whether that is their exact number."""
     name, values = per_positive
     device = levels[0].device
     for given_name, given in (("positives", positives), (name, values)):
@@ -279,7 +285,7 @@ def _size(
 
 
 def check_per_positive(name: str, given: Tensor) -> None:
-    """Raises TypeError or ValueError, by its name, unless it has a number for each positive."""
+    """Raise TypeError or ValueError, by its name, unless it has a number for each positive."""
     check_dense(name, given, "a floating tensor")
     if given.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected a floating tensor of 16 to 64 bits, got {given.dtype}")

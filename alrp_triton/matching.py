@@ -183,7 +183,7 @@ def _take(candidates: Candidates, ignored: Tensor) -> Tensor:
 
 
 def _groups(detections: Detections, truths: Truths) -> tuple[Tensor, Tensor]:
-    """Number each detection and each ground truth: alike for the same image and class."""
+    """Give each detection and each ground truth a number, alike for the same image and class."""
     labels = torch.cat([detections.labels, truths.labels])
     values, classes = labels.unique(return_inverse=True)
     images = torch.cat(

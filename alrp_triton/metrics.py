@@ -54,17 +54,17 @@ except (ImportError, RuntimeError):  # RuntimeError: its torchvision is for anot
             return self._device
 
         def add_state(self, name: str, default: list, dist_reduce_fx: str) -> None:
-            """A list of tensors that updates add to; `dist_reduce_fx` is for many processes."""
+            """Add a list of tensors that updates add to; `dist_reduce_fx` is for many processes."""
             self._names.append(name)
             setattr(self, name, default)
 
         def reset(self) -> None:
-            """Forgets all updates."""
+            """Forget all updates."""
             for name in self._names:
                 setattr(self, name, [])
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            """Adds a batch and returns the metric of this batch alone."""
+            """Add a batch and return the metric of this batch alone."""
             before = {name: getattr(self, name) for name in self._names}
             self.reset()
             self.update(*args, **kwargs)

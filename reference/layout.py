@@ -58,12 +58,15 @@ class Batch(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which scores are compared: 16-bit logits are upcast, nothing is rounded."""
+    """Return the dtype in which scores are compared.
+
+    16-bit logits are upcast, nothing is rounded.
+    """
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def finite(scores: Tensor, out: Tensor | None = None) -> Tensor:
-    """Scores in their compute dtype, those beyond `LARGEST`, and -inf and +inf, moved there.
+    """Return scores in their compute dtype, those beyond `LARGEST`, and -inf and +inf, moved there.
 
     Written to `out` of that dtype, if given.
     """
@@ -71,12 +74,12 @@ def finite(scores: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def is_positive(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Mask in the shape of `targets`: where a positive stands."""
+    """Return a mask in the shape of `targets`: where a positive stands."""
     return _means_positive(targets, logits, targets.dim() == logits.dim(), ignore_index)
 
 
 def is_negative(at: tuple[Tensor, ...], targets: Tensor, ignore_index: int) -> Tensor:
-    """Mask of logits at coordinates (row, class, place): which are neither positive nor ignored."""
+    """Return a mask of logits at (row, class, place): which are neither positive nor ignored."""
     values = at_logits(targets, at)
     if targets.dim() == len(at):
         return values == 0
@@ -84,7 +87,7 @@ def is_negative(at: tuple[Tensor, ...], targets: Tensor, ignore_index: int) -> T
 
 
 def at_logits(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    """What x, in the shape of the targets, holds for logits at coordinates (row, class, place)."""
+    """Return what x, in the shape of the targets, holds for logits at (row, class, place)."""
     return x[at] if x.dim() == len(at) else x[at[0], at[2]]
 
 
@@ -99,7 +102,7 @@ def _means_positive(values: Tensor, logits: Tensor, per_logit: bool, ignore_inde
 def exclude_non_negatives(
     x: Tensor, targets: Tensor, ignore_index: int, fill: bool | float = False
 ) -> Tensor:
-    """Writes `fill` into `x` (B, C, M), in place, where the logit is positive or ignored.
+    """Write `fill` into `x` (B, C, M), in place, where the logit is positive or ignored.
 
     Returns `x`. With class indices they are written one by one, since there are few: no comparison
     for every logit.
@@ -116,7 +119,7 @@ def exclude_non_negatives(
 def blocks(
     logits: Tensor, targets: Tensor, size: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Cuts a level into views of about `size` (`CHUNK`) logits: (rows, places, logits, targets)."""
+    """Cut a level into views of about `size` (`CHUNK`) logits: (rows, places, logits, targets)."""
     batch, classes, places = logits.shape
     if logits.numel() == 0:
         return
@@ -130,12 +133,12 @@ def blocks(
 
 
 def over_classes(x: Tensor, logits: Tensor) -> Tensor:
-    """x, in the shape of the targets, as a view in the shape of the logits (B, C, M)."""
+    """View x, in the shape of the targets, in the shape of the logits (B, C, M)."""
     return (x if x.dim() == logits.dim() else x[:, None]).expand_as(logits)
 
 
 def gather(levels: Sequence[Tensor], logits: Sequence[Tensor], index: Tensor) -> Tensor:
-    """What levels in the shape of the targets hold at positions in the flattened logits.
+    """Return what levels in the targets' shape hold at positions in the flattened logits.
 
     Args:
         levels: int levels, (B, M) or (B, C, M).
@@ -165,7 +168,7 @@ def locate(
     ignore_index: int,
     name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
-    """Finds the positives and gathers their scores.
+    """Find the positives and gather their scores.
 
     Args:
         logits: levels (B, C, M).
@@ -215,7 +218,9 @@ def locate(
 
 
 def unravel(flat: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Coordinates of flat positions. torch.unravel_index copies the shape to the device first.
+    """Return coordinates of flat positions.
+
+    torch.unravel_index copies the shape to the device first.
 
     One division a dimension: a remainder costs as much as the quotient.
     """
@@ -245,7 +250,7 @@ def _search(
     ignore_index: int,
     name: str,
 ) -> Tensor:
-    """Positions of the positives in the flattened targets, padded with -1 to `size`."""
+    """Return positions of positives in the flattened targets, padded with -1 to `size`."""
     masks = [
         is_positive(level, target, ignore_index).reshape(-1)
         for level, target in zip(logits, targets, strict=True)
@@ -267,7 +272,7 @@ def _search(
 
 
 def count_positives(logits: Sequence[Tensor], targets: Sequence[Tensor], ignore_index: int) -> int:
-    """How many positives the levels have; the host asks the device, for each block."""
+    """Count the positives of the levels; the host asks the device, for each block."""
     return sum(
         int(is_positive(cut, marks, ignore_index).count_nonzero())
         for level in zip(logits, targets, strict=True)
@@ -276,7 +281,7 @@ def count_positives(logits: Sequence[Tensor], targets: Sequence[Tensor], ignore_
 
 
 def _places(masks: Sequence[Tensor]) -> Tensor:
-    """Where masks hold, laid end to end."""
+    """Return where masks hold, laid end to end."""
     places, first = [], 0
     for mask in masks:
         places.append(mask.nonzero()[:, 0] + first)
@@ -285,7 +290,7 @@ def _places(masks: Sequence[Tensor]) -> Tensor:
 
 
 def _places_in_slots(masks: Sequence[Tensor], size: int) -> Tensor:
-    """Likewise, in `size` slots, without asking the device how many there are.
+    """Return likewise, in `size` slots, without asking the device how many there are.
 
     Each goes to the slot of its running number, everything else to a slot behind the end.
     """
@@ -301,7 +306,7 @@ def _places_in_slots(masks: Sequence[Tensor], size: int) -> Tensor:
 
 
 def _require(condition: Tensor, message: str) -> None:
-    """ValueError where the host can know, an asynchronous device assertion where it cannot."""
+    """Raise ValueError where the host can know; where not, assert asynchronously on the device."""
     condition = condition.all()
     if condition.device.type != "cpu":
         torch._assert_async(condition, message)

@@ -51,7 +51,7 @@ def batch_of(
 
 
 def to_batch(logits: Tensor, targets: Tensor, delta: float = 1.0) -> Batch:
-    """Return the same of (N, C) logits."""
+    """Return what the operators take, of (N, C) logits."""
     levels = [logits.detach().reshape(*logits.shape, 1)]
     return batch_of(levels, [targets.reshape(-1, 1)], delta)
 

@@ -79,7 +79,7 @@ class aLRPLoss:
         delta: float = 1.0,
         eps: float = 1e-5,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The classification part, and what the localisation part is made of.
+        """Return the classification part, and what the localisation part is made of.
 
         Args:
             logits: any shape; float32, bfloat16, float16 or float64.
@@ -126,7 +126,7 @@ class APLoss:
 
     @staticmethod
     def apply(logits: Tensor, targets: Tensor, delta: float = 1.0) -> Tensor:
-        """The loss, a scalar; arguments and errors as in `aLRPLoss.apply`."""
+        """Return the loss, a scalar; arguments and errors as in `aLRPLoss.apply`."""
         _check_marks(logits, targets)
         ranking = _find(logits, targets, delta)
         counts = rank_positives(ranking)
@@ -164,7 +164,7 @@ class RankSort:
     def apply(
         logits: Tensor, targets: Tensor, delta_RS: float = 0.50, eps: float = 1e-10
     ) -> tuple[Tensor, Tensor]:
-        """The two parts of the loss.
+        """Return the two parts of the loss.
 
         Args:
             logits: as in `aLRPLoss.apply`.
@@ -204,7 +204,7 @@ class RankSort:
 
 
 def AP_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`APLoss` in the form of the function of this name in the repository AP-loss.
+    """Evaluate `APLoss` in the form of the function of this name in the repository AP-loss.
 
     Args:
         logits, targets: as in `aLRPLoss.apply`; delta is 1.
@@ -230,12 +230,12 @@ class _RideOnFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of both."""
+        """Return copies of both."""
         return first.clone(), second.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        """The first one's gradient, twice."""
+        """Return the first one's gradient, twice."""
         return upstream, upstream
 
 
@@ -281,7 +281,7 @@ def _check_eps(eps: float) -> float:
 def _weigh_itself(
     counts: Counts, sorting: SortingCounts, weight: float
 ) -> tuple[Counts, SortingCounts]:
-    """With a positive that counts by `weight`, and no longer by 1, where it counts itself."""
+    """Count a positive by `weight`, and no longer by 1, where it counts itself."""
     less = 1 - weight
     return (
         dataclasses.replace(
@@ -292,12 +292,12 @@ def _weigh_itself(
 
 
 def _where_above(errors: Errors, above: Tensor, eps: float) -> Errors:
-    """No update where what stands above a positive sums to no more than eps; NaN stays."""
+    """Drop the update where what stands above a positive sums to no more than eps; keep NaN."""
     return errors._replace(error=torch.where(above <= float(eps), errors.target, errors.error))
 
 
 def _interpolated(errors: Errors, ranking: Ranking) -> Errors:
-    """Each positive gets the lowest error among those that stand no higher."""
+    """Give each positive the lowest error among those that stand no higher."""
     order = ranking.scores.argsort(stable=True)
     error = torch.where(ranking.valid, errors.error, 1.0)[order]  # padding must not be the lowest
     return errors._replace(error=torch.empty_like(error).scatter(0, order, error.cummin(0).values))

@@ -33,14 +33,17 @@ _VARYING = [
 
 
 def errors(pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
-    """Eloc of each pair: (P, 4) and (P, 4), any float dtypes and strides, to (P,)."""
+    """Return Eloc (P,) of each pair: (P, 4) and (P, 4), any float dtypes and strides."""
     out = pred.new_empty(pred.shape[:1], dtype=_compute_dtype(pred, target))
     _launch(_errors_kernel, pred, target, out, kind, tau)
     return out
 
 
 def gradient(upstream: Tensor, pred: Tensor, target: Tensor, kind: str, tau: float) -> Tensor:
-    """The gradient by `pred`, (P, 4), from that by the errors, (P,) of any stride (0 too)."""
+    """Return the gradient by `pred`, (P, 4), from that by the errors, (P,) of any stride.
+
+    The stride may be 0 too.
+    """
     out = pred.new_empty(pred.shape)
     upstream_too: dict[str, Tensor | int] = {
         "upstream": upstream,
@@ -169,7 +172,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _load(boxes, pair, inside, row, column, COMPUTE: tl.constexpr):
-    """The corners (x1, y1) and (x2, y2), each (BLOCK, 2).
+    """Load the corners (x1, y1) and (x2, y2), each (BLOCK, 2).
 
     Joined, so that a thread holds x and y of its pair, and nothing is exchanged between threads.
     """
@@ -184,7 +187,7 @@ def _load(boxes, pair, inside, row, column, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _finite(corner):
-    """An infinity counts as the largest number; NaN stays."""
+    """Replace an infinity by the largest number; NaN stays."""
     largest = tl.full([], LARGEST_DOUBLE if corner.dtype == tl.float64 else LARGEST, corner.dtype)
     corner = tl.where(corner > largest, largest, corner)
     return tl.where(corner < -largest, -largest, corner)
@@ -192,7 +195,7 @@ def _finite(corner):
 
 @triton.jit
 def _holds_nan(pred_low, pred_high, target_low, target_high):
-    """(BLOCK,) whether any of the eight coordinates is NaN."""
+    """Return whether any of the eight coordinates is NaN, (BLOCK,)."""
     found = (pred_low != pred_low) | (pred_high != pred_high)
     found |= (target_low != target_low) | (target_high != target_high)
     x, y = tl.split(found.to(tl.int32))
@@ -201,7 +204,7 @@ def _holds_nan(pred_low, pred_high, target_low, target_high):
 
 @triton.jit
 def _scale(pred_low, pred_high, target_low, target_high):
-    """(BLOCK,) what brings the largest coordinate of a pair into [2, 4), a power of 2."""
+    """Return what brings a pair's largest coordinate into [2, 4), a power of 2, (BLOCK,)."""
     extent = tl.maximum(tl.abs(pred_low), tl.abs(pred_high))
     extent = tl.maximum(extent, tl.maximum(tl.abs(target_low), tl.abs(target_high)))
     x, y = tl.split(extent)
@@ -211,7 +214,7 @@ def _scale(pred_low, pred_high, target_low, target_high):
 
 @triton.jit
 def _per_power(x):
-    """2 / the largest power of 2 that x reaches."""
+    """Return 2 / the largest power of 2 that x reaches."""
     if x.dtype == tl.float64:
         exponent = tl.full([], 0x7FF << 52, tl.int64)
         return (exponent - (x.to(tl.int64, bitcast=True) & exponent)).to(tl.float64, bitcast=True)
@@ -231,7 +234,7 @@ def _store(corner, out, inside):
 
 @triton.jit
 def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
-    """X of each pair (BLOCK,), and its derivatives (BLOCK, 2).
+    """Return X of each pair (BLOCK,), and its derivatives (BLOCK, 2).
 
     By the sides of the intersection, of pred, and of the hull, and by either corner of pred through
     the distance of the centres. The union is worked into these.
@@ -285,13 +288,13 @@ def _overlap(pred_low, pred_high, target_low, target_high, KIND: tl.constexpr):
 
 @triton.jit
 def _both(value):
-    """The same for both axes."""
+    """Return the same for both axes."""
     return tl.join(value, value)
 
 
 @triton.jit
 def _clamp(size):
-    """max(size, 0) that keeps NaN."""
+    """Return max(size, 0); NaN stays."""
     return tl.where(size < 0, 0.0, size)
 
 
@@ -309,46 +312,46 @@ def _sum(sides):
 
 @triton.jit
 def _other(sides):
-    """The derivative of an area by its sides: each by the other one."""
+    """Return the derivative of an area by its sides: each by the other one."""
     width, height = tl.split(sides)
     return tl.join(height, width)
 
 
 @triton.jit
 def _by_sides(sides, on_line):
-    """The derivative, by its sides, of an area, or on a line of a length."""
+    """Return the derivative, by its sides, of an area, or on a line of a length."""
     return tl.where(_both(on_line), 1.0, _other(sides))
 
 
 @triton.jit
 def _quotient(a, b):
-    """a / b to the nearest; plain float32 division is 2 units off, and a / a not always 1."""
+    """Return a / b to the nearest; float32 division is 2 units off, and a / a not always 1."""
     return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def _divide(a, b):
-    """a / b, and 0 where b is next to nothing."""
+    """Return a / b, and 0 where b is next to nothing."""
     nothing = b < MIN_AREA
     return _quotient(tl.where(nothing, 0.0, a), tl.where(nothing, 1.0, b))
 
 
 @triton.jit
 def _ordered(low, high):
-    """The corners of a box, swapped along the axes where it is inside-out."""
+    """Return the corners of a box, swapped along the axes where it is inside-out."""
     inside_out = high < low
     return tl.where(inside_out, high, low), tl.where(inside_out, low, high)
 
 
 @triton.jit
 def _share(a, b):
-    """The derivative of max(a, b), and -a of min(-a, -b), by a: half where they are equal."""
+    """Return the derivative of max(a, b), and -a of min(-a, -b), by a: half where they tie."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0)).to(a.dtype)
 
 
 @triton.jit
 def _angle(size):
-    """arctan(width / height) in [0, pi / 2], and its derivatives by both; 0, 0, 0 for a point.
+    """Return arctan(width / height) in [0, pi / 2], and its derivatives by both; 0 for a point.
 
     In units of the longer side, or the square of a short one would vanish. Reduced to
     |t| <= tan(pi / 8), where the first left-out term of the Taylor series is

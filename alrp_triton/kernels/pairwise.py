@@ -71,7 +71,10 @@ _SMALL = tl.constexpr(2)  # s_i, and no positive end_of_positives the first `SMA
 
 @triton.jit
 def step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
-    """H(x) of logits and a row of the table (see `_prepare_kernel`), broadcast together. No NaN."""
+    """Return H(x) of logits and a row of the table, broadcast together. No NaN.
+
+    See `_prepare_kernel` for the table.
+    """
     if HARD:
         return tl.where(scores >= shift, 1.0, 0.0).to(scores.dtype)
     h = tl.fma(scores, scale, shift) if FAST else tl.fma(scores - shift, scale, 0.5)
@@ -80,7 +83,7 @@ def step(scores, shift, scale, FAST: tl.constexpr, HARD: tl.constexpr):
 
 @triton.jit
 def _shares(valid_end, programs, least_splits, most_splits, BLOCK: tl.constexpr):
-    """How the count's work is cut: blocks of positives, and shares of each level's logits."""
+    """Cut the count's work: blocks of positives, and shares of each level's logits."""
     blocks = tl.cdiv(tl.load(valid_end), BLOCK)
     splits = tl.minimum(programs // tl.maximum(blocks, 1), most_splits)
     return blocks, tl.maximum(splits, least_splits)
@@ -99,7 +102,7 @@ def _prepare_kernel(
     SMALL_BLOCK: tl.constexpr,
     HARD: tl.constexpr,
 ):
-    """Decides how a block of positives is evaluated."""
+    """Decide how a block of positives is evaluated."""
     block = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     i = tl.cast(block, tl.int64) * BLOCK + place
@@ -160,7 +163,7 @@ def _count_tiles(
     FOLD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Adds the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
+    """Add the sum of H over the negatives of a share of a level to partials (NUMBER,)."""
     tiles, end = share
     scale, lowest, delta = block.scale, block.lowest, block.delta
     p = tl.arange(0, NUMBER)
@@ -218,7 +221,7 @@ def _count_block(
     FOLD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """`_count_tiles` by the way that `_prepare_kernel` chose for the block."""
+    """Call `_count_tiles` by the way that `_prepare_kernel` chose for the block."""
     if mode == _SMALL:
         _count_tiles(
             level, segments, share, block, out, False, SMALL_BLOCK, CLASS_AXIS, HARD, WIDE,
@@ -277,7 +280,7 @@ def _count_kernel(
     FOLD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """NFP(i) of each block of positives in each share of one level's logits."""
+    """Count NFP(i) of each block of positives in each share of one level's logits."""
     dtype: tl.constexpr = table.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     extent = Extent(middle, inner, middle_magic, inner_magic)
@@ -328,7 +331,7 @@ def _rank_kernel(
     NUMBER: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """rank+(i) and S(i) of `NUMBER` positives, and their NFP(i) from its shares."""
+    """Sum rank+(i) and S(i) of `NUMBER` positives, and their NFP(i) from its shares."""
     i = tl.cast(tl.program_id(0), tl.int64) * NUMBER + tl.arange(0, NUMBER)
     s_i = tl.load(scores + i, mask=i < positives, other=float("-inf"))
     valid = s_i != float("-inf")
@@ -385,7 +388,7 @@ def _add_block(
     HARD: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """total, like v, + sum_i weights(i) H(x_ij) over `number` positives, FOLD at a time."""
+    """Add sum_i weights(i) H(x_ij) over `number` positives to total, like v, FOLD at a time."""
     table, positive_segments, start, padded = block
     shift = table + start
     for first in range(0, number, FOLD):
@@ -437,7 +440,7 @@ def _gradient_kernel(
     LANES: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """One tile of one level: dL/ds_j = sum_i weights(i) H(x_ij) at negatives (Eq. 5), else 0."""
+    """Write a tile of a level: dL/ds_j = sum_i weights(i) H(x_ij) at negatives (Eq. 5), else 0."""
     dtype: tl.constexpr = table.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, dtype)
     start = tl.cast(tl.program_id(0), tl.int64) * (ROWS * LANES)
@@ -543,7 +546,7 @@ def _prepare(
 def _of_level(
     logits: Tensor, targets: Tensor, segments: Tensor | None, out: Tensor | None = None
 ) -> dict[str, Any]:
-    """Arguments that describe a level."""
+    """Return arguments that describe a level."""
     layout = lay_out(logits, targets, out, segments)
     strides = {name.replace("groups", "segments"): x for name, x in layout.strides.items()}
     return {

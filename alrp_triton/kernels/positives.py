@@ -23,7 +23,7 @@ _WARPS = 4
 
 @triton.jit
 def _read(level, position, mask, ignore_index, PER_LOGIT: tl.constexpr, DENSE: tl.constexpr):
-    """Which flattened positions of a level's targets hold a positive, and the class that they name.
+    """Read which flattened positions of a level's targets hold a positive, and the class named.
 
     Targets per logit name none, their position tells the class: 0.
     """
@@ -43,7 +43,7 @@ def _read(level, position, mask, ignore_index, PER_LOGIT: tl.constexpr, DENSE: t
 
 @triton.jit
 def _coordinates(position, sizes, PER_LOGIT: tl.constexpr):
-    """(row, class, place) of a flattened position; class indices have no axis of classes."""
+    """Return (row, class, place) of a flattened position; class indices have no axis of classes."""
     row = position // sizes[1]
     channel = tl.zeros_like(position)
     if PER_LOGIT:
@@ -54,7 +54,7 @@ def _coordinates(position, sizes, PER_LOGIT: tl.constexpr):
 
 @triton.jit
 def _gather(level, position, channel, mask, dtype: tl.constexpr, PER_LOGIT: tl.constexpr):
-    """What stands at positives: the position in the level's flattened logits, and the score."""
+    """Gather positives: the position in the level's flattened logits, and the score."""
     _, logits, strides, sizes = level
     row, own, place = _coordinates(position, sizes, PER_LOGIT)
     channel += own
@@ -83,7 +83,7 @@ def _count_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many positives a stretch of a level has."""
+    """Count the positives of a stretch of a level."""
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
     level = (targets, logits, strides, (classes, places))
     start = tl.cast(tl.program_id(0), tl.int64) * stretch
@@ -123,7 +123,7 @@ def _write_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the positives of a stretch behind those of all earlier ones."""
+    """Write the positives of a stretch behind those of all earlier ones."""
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
     level = (targets, logits, strides, (classes, places))
     dtype: tl.constexpr = scores.dtype.element_ty
@@ -191,7 +191,7 @@ def _look_up_kernel(
     DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gathers the positives that are said to be in a level, and checks that they are."""
+    """Gather the positives that are said to be in a level, and check that they are."""
     strides = (logits_0, logits_1, logits_2, targets_0, targets_1, targets_2)
     level = (targets, logits, strides, (classes, places))
     dtype: tl.constexpr = scores.dtype.element_ty
@@ -217,7 +217,7 @@ def locate(
     ignore_index: int,
     name: str = "loc_errors",
 ) -> tuple[Tensor, Tensor]:
-    """Finds the positives and gathers their scores, as `reference.layout.locate`.
+    """Find the positives and gather their scores, as `reference.layout.locate`.
 
     What is wrong raises as there: a ValueError under the interpreter, an asynchronous assertion on
     a device.
@@ -244,7 +244,7 @@ def _search(
     exact: bool,
     name: str = "loc_errors",
 ) -> None:
-    """Writes the positives into `index` and `scores`, in the order of the targets."""
+    """Write the positives into `index` and `scores`, in the order of the targets."""
     lengths = [_length_of_stretch(level["number"]) for level in levels]
     grids = [
         max(1, triton.cdiv(level["number"], length))
@@ -278,14 +278,14 @@ def _search(
 
 
 def _length_of_stretch(targets: int) -> int:
-    """How many targets a program takes, so that there are `_STRETCHES` programs at most."""
+    """Return how many targets a program takes, so that at most `_STRETCHES` programs run."""
     return _BLOCK * max(1, triton.cdiv(triton.cdiv(targets, _BLOCK), _STRETCHES))
 
 
 def _look_up(
     levels: Sequence[dict[str, Any]], positives: Tensor, index: Tensor, scores: Tensor
 ) -> None:
-    """Writes the positives that are given into `index` and `scores`."""
+    """Write the positives that are given into `index` and `scores`."""
     if not positives.numel():
         return
     right = torch.empty_like(positives, dtype=torch.int8, memory_format=torch.contiguous_format)
@@ -316,7 +316,7 @@ def _look_up(
 
 
 def _of_level(logits: Tensor, targets: Tensor, ignore_index: int) -> dict[str, Any]:
-    """Arguments that describe a level, which all kernels take."""
+    """Return arguments that describe a level, which all kernels take."""
     per_logit = targets.dim() == logits.dim()
     beside = targets if per_logit else targets[:, None]
     arguments = {
@@ -339,7 +339,7 @@ def _of_level(logits: Tensor, targets: Tensor, ignore_index: int) -> dict[str, A
 
 
 def _require(condition: Tensor, message: str) -> None:
-    """ValueError where the host can know, an asynchronous device assertion where it cannot."""
+    """Raise ValueError where the host can know; where not, assert asynchronously on the device."""
     if condition.device.type != "cpu":
         torch._assert_async(condition.view(torch.bool), message)
     elif not condition:

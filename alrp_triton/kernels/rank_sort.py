@@ -24,7 +24,7 @@ _SURVEYED = 256  # positives of a program that looks for padding and NaN
 
 @triton.jit
 def _step(upper, lower, scale, HARD: tl.constexpr):
-    """H(upper - lower), broadcast together, in float64. NaN stays."""
+    """Return H(upper - lower), broadcast together, in float64. NaN stays."""
     x = upper - lower
     if HARD:
         h = tl.where(upper >= lower, 1.0, 0.0).to(x.dtype)
@@ -35,7 +35,7 @@ def _step(upper, lower, scale, HARD: tl.constexpr):
 
 @triton.jit
 def _read(scores, quality, groups, places, end, padding: tl.constexpr):
-    """Score (`padding` if there is none), quality and group of positives, and which there are."""
+    """Read score (`padding` if there is none), quality and group of positives, and which exist."""
     inside = places < end
     s = tl.load(scores + places, mask=inside, other=float("-inf"))
     valid = s != float("-inf")
@@ -54,7 +54,7 @@ def _survey_kernel(
     positives,
     LANES: tl.constexpr,
 ):
-    """What a program has to know of all positives before it meets them."""
+    """Find what a program has to know of all positives before it meets them."""
     i = tl.cast(tl.program_id(0), tl.int64) * LANES + tl.arange(0, LANES)
     s, q, _, valid = _read(scores, quality, None, i, positives, "-inf")
     nan = valid & ((s != s) | (q != q))
@@ -78,7 +78,7 @@ def _count_kernel(
     NUMBER: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """What `NUMBER` positives i see above themselves, of lower quality and not."""
+    """Count what `NUMBER` positives i see above themselves, of lower quality and not."""
     i = tl.cast(tl.program_id(0), tl.int64) * NUMBER + tl.arange(0, NUMBER)
     s_i, q_i, group_i, valid = _read(scores, quality, groups, i, positives, "inf")
     scale = real(scale_bits, s_i.dtype)
@@ -124,7 +124,7 @@ def _gradient_kernel(
     NUMBER: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """sum_{i: q_k < q_i} weights(i) H(x_ik) of `NUMBER` positives k."""
+    """Write sum_{i: q_k < q_i} weights(i) H(x_ik) of `NUMBER` positives k."""
     k = tl.cast(tl.program_id(0), tl.int64) * NUMBER + tl.arange(0, NUMBER)
     s_k, q_k, group_k, valid = _read(scores, quality, groups, k, positives, "-inf")
     scale = real(scale_bits, s_k.dtype)

@@ -37,7 +37,7 @@ _PROGRAMS = 4096  # about how many shares the work of `mass` is cut into
 
 @triton.jit
 def _read_positives(scores, powers, positive_groups, first, positives, BLOCK: tl.constexpr):
-    """A block of positives: scores (inf for padding), powers, groups if any, the lowest score."""
+    """Read a block of positives: scores (inf for padding), powers, groups if any, lowest score."""
     i = first + tl.arange(0, BLOCK)
     s = tl.load(scores + i, mask=i < positives, other=float("-inf"))
     valid = s != float("-inf")
@@ -53,7 +53,7 @@ def _read_positives(scores, powers, positive_groups, first, positives, BLOCK: tl
 def _read_tile(
     level, groups, local, end, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """A tile of logits: -inf where no negative is; which are NaN; groups, if any; places."""
+    """Read a tile of logits: -inf where no negative is; which are NaN; groups, if any; places."""
     inside = tl.minimum(local, end - 1)
     v, negative, places = read_logits(level, inside, dtype, CLASS_AXIS, WIDE)
     negative = negative & (local < end)
@@ -66,7 +66,7 @@ def _read_tile(
 
 @triton.jit
 def _shares(tile, block, scale, delta, GROUPED: tl.constexpr, HARD: tl.constexpr):
-    """H(x_ij) m_ij^power(i) (BLOCK, LANES) in float64; 0 between two groups."""
+    """Return H(x_ij) m_ij^power(i) (BLOCK, LANES) in float64; 0 between two groups."""
     v, group = tile
     s, power, own_group = block
     h = step(v[None, :], s[:, None], scale, False, HARD).to(tl.float64)
@@ -112,7 +112,7 @@ def _mass_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """mass(i) of a block of positives in a share of one level's logits."""
+    """Sum mass(i) of a block of positives in a share of one level's logits."""
     dtype: tl.constexpr = scores.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
     first = tl.program_id(0) * BLOCK
@@ -188,7 +188,7 @@ def _gradient_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One tile of one level: sum_i weights(i) H(x_ij) m_ij^powers(i) at negatives, else 0."""
+    """Write a tile of a level: sum_i weights(i) H(x_ij) m_ij^powers(i) at negatives, else 0."""
     dtype: tl.constexpr = scores.dtype.element_ty
     scale, delta = real(scale_bits, dtype), real(delta_bits, tl.float64)
     start = tl.cast(tl.program_id(0), tl.int64) * LANES
@@ -251,7 +251,7 @@ def _common(batch: Batch, powers: Tensor) -> dict[str, Any]:
 def _of_level(
     logits: Tensor, targets: Tensor, groups: Tensor | None, out: Tensor | None
 ) -> dict[str, Any]:
-    """Arguments that describe a level."""
+    """Return arguments that describe a level."""
     layout = lay_out(logits, targets, out, groups)
     none = {} if groups is not None else dict.fromkeys(("groups_0", "groups_1", "groups_2"), 0)
     return {

@@ -51,7 +51,7 @@ class Groups(NamedTuple):
 
 @triton.jit
 def origin_of(start, extent):
-    """Where a share of a level begins: the axes of its logit `start`."""
+    """Return where a share of a level begins: (outer, middle, inner) of its logit `start`."""
     inner = tl.cast(extent.inner, tl.int64)
     row = tl.cast(extent.middle, tl.int64) * inner
     outer = start // row
@@ -61,7 +61,7 @@ def origin_of(start, extent):
 
 @triton.jit
 def places_of(local, origin, extent):
-    """The axes of the logits `local` places behind an origin, without a division.
+    """Return the axes of the logits `local` places behind an origin, without a division.
 
     The outer one counts from the origin.
     """
@@ -73,7 +73,10 @@ def places_of(local, origin, extent):
 
 @triton.jit
 def offset_of(places, strides, WIDE: tl.constexpr):
-    """Where a place is in memory. WIDE: none, the outer, or all axes need 64 bits (0, 1, 2)."""
+    """Return where a place is in memory.
+
+    WIDE tells what needs 64 bits: nothing, the outer axis, or all (0, 1, 2).
+    """
     o, m, i = places
     if WIDE > 0:
         o = o.to(tl.int64)
@@ -112,7 +115,7 @@ def read_logits(level, local, dtype: tl.constexpr, CLASS_AXIS: tl.constexpr, WID
 
 @triton.jit
 def read_groups(groups, origin, places, WIDE: tl.constexpr):
-    """The groups, or segments, of the logits at `places` of `read_logits`."""
+    """Read the groups, or segments, of the logits at `places` of `read_logits`."""
     at = groups.base + origin.outer * groups.strides.outer
     return tl.load(at + offset_of(places, groups.strides, WIDE))
 
@@ -129,7 +132,7 @@ class Layout(NamedTuple):
 def lay_out(
     logits: Tensor, targets: Tensor, out: Tensor | None = None, groups: Tensor | None = None
 ) -> Layout:
-    """Chooses the order in which a level is read: along its fastest axis.
+    """Choose the order in which a level is read: along its fastest axis.
 
     Args:
         logits: (B, C, M).

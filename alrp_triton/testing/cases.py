@@ -46,7 +46,7 @@ class Size(NamedTuple):
 
 
 def algorithms(device: torch.device) -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The algorithms whose kernels run on a device, and why the others do not."""
+    """Return the algorithms whose kernels run on a device, and why the others do not."""
     runnable, missing = {}, {}
     for name in backend.ALGORITHMS:
         if name != "auto":
@@ -60,14 +60,14 @@ def algorithms(device: torch.device) -> tuple[dict[str, ModuleType], dict[str, s
 def draw_case(
     size: Size, distribution: str, dtype: torch.dtype, device: torch.device, delta: float = 1.0
 ) -> Case:
-    """A call as at a stage of training: (anchors, classes) logits and class indices."""
+    """Draw a call as at a stage of training: (anchors, classes) logits and class indices."""
     torch.manual_seed(0)
     logits, targets = _draw(size, distribution)
     return find([logits.to(device, dtype)[:, :, None]], [targets.to(device)[:, None]], delta)
 
 
 def draw_in_images(*arguments: Any) -> Case:
-    """A call of `draw_case`, ranked within eight images."""
+    """Draw a call of `draw_case`, ranked within eight images."""
     case = draw_case(*arguments)
     images = [
         torch.arange(target.shape[0])[:, None] * 8 // target.shape[0] for target in case.targets
@@ -77,13 +77,13 @@ def draw_in_images(*arguments: Any) -> Case:
 
 @lru_cache(maxsize=8)
 def _draw(size: Size, distribution: str) -> tuple[Tensor, Tensor]:
-    """On the CPU; nobody writes to it."""
+    """Draw logits and targets on the CPU; nobody writes to them."""
     targets = draw_targets(size.anchors, size.classes, size.positives)
     return draw_logits(targets, size.classes, distribution), targets
 
 
 def verify(case: Case, kernels: ModuleType) -> dict[str, Any]:
-    """Holds one count and one gradient to the truth."""
+    """Hold one count and one gradient to the truth."""
     reference, tiles = truth_for(case), kernels.choose_tiles(case.batch)
     with poisoned():
         counts = torch.stack(kernels.count(*case.count_input))
@@ -106,7 +106,7 @@ def verify(case: Case, kernels: ModuleType) -> dict[str, Any]:
 
 
 def verify_losses(case: Case, algorithm: str, kernels: ModuleType) -> dict[str, Any]:
-    """Holds the values and gradients of the public losses to the truth; no padding here."""
+    """Hold the values and gradients of the public losses to the truth; no padding here."""
     reference, ratios = truth_for(case), {}
     tiles = kernels.choose_tiles(case.batch)
     truth_algorithm = "pairwise" if reference is pairwise else "breakpoints"
@@ -124,7 +124,7 @@ def verify_losses(case: Case, algorithm: str, kernels: ModuleType) -> dict[str, 
 
 
 def truth_for(case: Case) -> ModuleType:
-    """The specification where it can be evaluated pair by pair; else what agrees with it to 4e-14.
+    """Return the specification if it can go pair by pair; else what agrees with it to 4e-14.
 
     Float64 kernels may be off by less than that, so they always get the specification.
     """
@@ -134,20 +134,20 @@ def truth_for(case: Case) -> ModuleType:
 
 
 def worst(got: Tensor, truth: Tensor, budget: Tensor) -> float:
-    """The largest error over its budget; NaN if there is any."""
+    """Return the largest error over its budget; NaN if there is any."""
     error = (got.double() - truth.double()).abs()
     ratio = torch.where(error == 0, 0.0, error / budget.double())
     return float(ratio.max()) if ratio.numel() else 0.0
 
 
 def worst_of(got: Sequence[Tensor], truth: Sequence[Tensor], budget: Sequence[Tensor]) -> float:
-    """Of all levels."""
+    """Return the largest error over its budget, of all levels."""
     ratios = [worst(*level) for level in zip(got, truth, budget, strict=True)]
     return float(torch.tensor([0.0, *ratios]).max())  # keeps NaN, which max() of Python may not
 
 
 def verdict(ratios: dict[str, float]) -> dict[str, Any]:
-    """What goes into the report."""
+    """Return what goes into the report."""
     return {
         "ok": all(ratio <= 1 for ratio in ratios.values()),
         "error_over_budget": {name: round(ratio, 4) for name, ratio in ratios.items()},
@@ -156,7 +156,7 @@ def verdict(ratios: dict[str, float]) -> dict[str, Any]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that whatever a kernel does not write shows."""
+    """Make torch.empty give NaN, so that whatever a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -171,7 +171,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _class_indices(batch: int, classes: int, places: int, share: float) -> Tensor:
-    """Class indices of which `share` are positive and a tenth is ignored."""
+    """Draw class indices of which `share` are positive and a tenth is ignored."""
     targets = torch.randint(classes, (batch, places))
     background = torch.where(torch.rand(batch, places) < 0.5, -1, classes)
     targets = torch.where(torch.rand(batch, places) < share, targets, background)
@@ -179,7 +179,7 @@ def _class_indices(batch: int, classes: int, places: int, share: float) -> Tenso
 
 
 def _pyramid(dtype: torch.dtype, per_logit: bool, size: Size) -> tuple[list, list]:
-    """Levels in the orders of memory that heads and their callers hand over."""
+    """Draw levels in the orders of memory that heads and their callers hand over."""
     classes, places = size.classes, max(4, size.anchors // 8)
     share = min(0.3, size.positives / size.anchors)
 
@@ -202,7 +202,7 @@ def _pyramid(dtype: torch.dtype, per_logit: bool, size: Size) -> tuple[list, lis
 
 
 def _marks(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 / 0 / -1 for each logit from class indices."""
+    """Return 1 / 0 / -1 for each logit from class indices."""
     marks = (targets[:, None, :] == torch.arange(logits.shape[1])[None, :, None]).to(torch.int8)
     return torch.where((targets == IGNORE)[:, None, :], -1, marks)
 
@@ -222,7 +222,7 @@ def _infinite(size: Size) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def edge_cases(size: Size, device: torch.device) -> dict[str, Callable[[], Case]]:
-    """Small calls, by name: every form of input, and the ends of each range."""
+    """Return small calls, by name: every form of input, and the ends of each range."""
 
     def make(parts: tuple[Sequence[Tensor], Sequence[Tensor]], delta: float, padding: int) -> Case:
         levels, targets = ([to_device(x, device) for x in part] for part in parts)
@@ -284,7 +284,7 @@ def edge_cases(size: Size, device: torch.device) -> dict[str, Callable[[], Case]
 
 
 def verify_counts_beyond_float32(kernels: ModuleType, number: int, device: torch.device) -> dict:
-    """More negatives above a positive than float32 can count, by way of a stride of 0."""
+    """Count more negatives above a positive than float32 can, by way of a stride of 0."""
     logits = torch.ones(1, 1, 1, device=device).expand(1, 1, number)
     targets = torch.zeros(1, 1, 1, dtype=torch.int8, device=device).expand(1, 1, number)
     scores = torch.zeros(1, device=device)
@@ -295,7 +295,7 @@ def verify_counts_beyond_float32(kernels: ModuleType, number: int, device: torch
 
 
 def verify_offsets_beyond_32_bits(kernels: ModuleType, device: torch.device) -> dict[str, Any]:
-    """A row 2^31 elements behind the first; on a CPU, what is never touched takes no memory."""
+    """Place a row 2^31 elements behind the first; a CPU spends no memory on what is untouched."""
     storage = torch.empty((1 << 31) + 64, dtype=torch.bfloat16, device=device)
     logits = storage.as_strided((3, 3, 5), ((1 << 30) + 8, 5, 1))
     torch.manual_seed(0)
@@ -305,7 +305,7 @@ def verify_offsets_beyond_32_bits(kernels: ModuleType, device: torch.device) -> 
 
 
 def verify_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
-    """A NaN logit gives a NaN loss, unless it is ignored."""
+    """Check that a NaN logit gives a NaN loss, unless it is ignored."""
     outcomes = {}
     for name, place, expected in (("negative", 3, True), ("positive", 0, True), ("out", 5, False)):
         logits = torch.linspace(-1, 1, 12, device=device).view(6, 2).clone()
@@ -318,7 +318,7 @@ def verify_nan(algorithm: str, device: torch.device) -> dict[str, Any]:
 
 
 def verify_nothing_to_rank(algorithm: str, device: torch.device) -> dict[str, Any]:
-    """Without a positive or without a negative: 0, attached, zero gradients."""
+    """Check that without a positive or a negative all is 0, attached, with zero gradients."""
     outcomes = []
     for targets in (torch.full((6,), -1), torch.zeros(6).long()):
         positives = int(layout.is_positive(targets[:, None], targets, IGNORE).sum())

@@ -76,7 +76,7 @@ class Case(NamedTuple):
     def expected_count(
         self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
     ) -> Tensor:
-        """(3, P) by the reference, in another dtype if one is named; padding is left out."""
+        """Count by the reference, (3, P), in another dtype if one is named; padding is left out."""
         valid = self.scores != -torch.inf
         counts = torch.zeros(3, valid.numel(), dtype=torch.float64, device=valid.device)
         counts[1] = 1
@@ -87,13 +87,13 @@ class Case(NamedTuple):
     def expected_gradient(
         self, dtype: torch.dtype | None = None, reference: ModuleType = pairwise
     ) -> list[Tensor]:
-        """By the reference."""
+        """Take the gradient by the reference."""
         valid = self.index >= 0
         batch = self.to(dtype).batch.select(valid)
         return reference.gradient(batch, self.weights[valid], self.positive_grad[valid])
 
     def to(self, dtype: torch.dtype | None) -> Case:
-        """With finite logits and scores of another dtype."""
+        """Return the case with finite logits and scores of another dtype."""
         if dtype is None:
             return self
         return self._replace(
@@ -102,12 +102,12 @@ class Case(NamedTuple):
         )
 
     def negatives(self) -> Tensor:
-        """The finite scores of the negatives."""
+        """Return the finite scores of the negatives."""
         parts = pairwise.negatives_of(self.batch)
         return torch.cat([self.scores.new_empty(0), *(part.scores for part in parts)])
 
     def groups_of_negatives(self) -> Tensor | None:
-        """In the same order."""
+        """Return the groups of the negatives, in the order of `negatives`."""
         if self.positive_groups is None:
             return None
         found = [self.positive_groups.new_empty(0)]
@@ -117,14 +117,14 @@ class Case(NamedTuple):
         return torch.cat(found)
 
     def groups_of(self, valid: Tensor) -> Tensor | None:
-        """Those of some positives."""
+        """Return the groups of some positives."""
         return None if self.positive_groups is None else self.positive_groups[valid]
 
 
 def find(
     logits: Sequence[Tensor], targets: Sequence[Tensor], delta: float, padding: int = 0
 ) -> Case:
-    """Finds the positives of levels, and draws a value, a weight and a gradient for each of them.
+    """Find the positives of levels, and draw a value, a weight and a gradient for each.
 
     What is drawn is exact in float32. Padding is put anywhere among the positives.
     """
@@ -153,27 +153,27 @@ def find(
 
 
 def group(case: Case, groups: Sequence[Tensor]) -> Case:
-    """The case with groups, in the shapes of the targets."""
+    """Return the case with groups, in the shapes of the targets."""
     groups = [level.to(case.scores.device) for level in groups]
     positive_groups = layout.gather(groups, case.logits, case.index)
     return case._replace(groups=groups, positive_groups=positive_groups)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device with the same strides, overlapping memory included."""
+    """Move to the device with the same strides, overlapping memory included."""
     whole = tensor.untyped_storage().nbytes() // tensor.element_size()
     flat = tensor.as_strided((whole,), (1,), 0).to(device)
     return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
-    """Of a leaf that a backward has reached."""
+    """Return the gradient of a leaf that a backward has reached."""
     assert leaf.grad is not None
     return leaf.grad
 
 
 def epsilon(case: Case) -> float:
-    """Of the dtype in which scores are compared."""
+    """Return the epsilon of the dtype in which scores are compared."""
     return torch.finfo(case.scores.dtype).eps
 
 
@@ -186,7 +186,7 @@ class Rounding(NamedTuple):
 
 
 def rounding_of_tiles(case: Case, tiles: Tiles | BreakpointTiles) -> Rounding:
-    """Of the kernels that take these sizes."""
+    """Return how kernels round that take these sizes."""
     from alrp_triton.kernels.tuning.block_sizes import BreakpointTiles
 
     if isinstance(tiles, BreakpointTiles):
@@ -195,7 +195,9 @@ def rounding_of_tiles(case: Case, tiles: Tiles | BreakpointTiles) -> Rounding:
 
 
 def _pairwise_rounding(case: Case, tiles: Tiles) -> Rounding:
-    """Sums run in the dtype over a bounded number of terms.
+    """Bound the rounding of the pairwise kernels.
+
+    Sums run in the dtype over a bounded number of terms.
 
     A block that takes the way of two instructions (float32, |s| scale <= FAST_RANGE, more than a
     few positives) may add half a unit in the last place of 1/2 - s scale, as the kernels say.
@@ -212,10 +214,12 @@ def _pairwise_rounding(case: Case, tiles: Tiles) -> Rounding:
 
 
 def _breakpoint_rounding(case: Case, tiles: BreakpointTiles) -> Rounding:
-    """A distance is rounded to its unit, and what is summed is integer.
+    """Bound the rounding of the breakpoint kernels.
+
+    A distance is rounded to its unit, and what is summed is integer.
 
     An entry of the gradient is a value and a slope, each rounded, times a distance, and added. Both
-    are sums over up to 2P edges in float64, of which only float64 logits see the rounding.
+    are sums over up to 2P breakpoints in float64; only float64 logits see their rounding.
     """
     from alrp_triton.kernels.breakpoints.histogram import pack_levels
 
@@ -236,7 +240,7 @@ class CountTerms(NamedTuple):
 
 
 def count_terms(case: Case) -> CountTerms:
-    """The costly part of a budget, which a tuner needs once for all candidates."""
+    """Return the costly part of a budget, which a tuner needs once for all candidates."""
     valid = case.scores != -torch.inf
     scores, values, negatives = case.scores[valid], case.values[valid], case.negatives()
     positive_groups, groups_of_negatives = case.groups_of(valid), case.groups_of_negatives()
@@ -262,7 +266,7 @@ def count_budget(
     exact: Tensor,
     terms: CountTerms | None = None,
 ) -> Tensor:
-    """(3, P): how far NFP, rank+ and S may be from `exact`, the reference in float64."""
+    """Bound how far NFP, rank+ and S, (3, P), may be from `exact`, the reference in float64."""
     terms = terms or count_terms(case)
     rounding = rounding_of_tiles(case, tiles)
     budget = pair_error(case, rounding, terms.torch_error) * terms.on_slope
@@ -280,7 +284,7 @@ class GradientTerms(NamedTuple):
 
 
 def gradient_terms(case: Case) -> list[GradientTerms]:
-    """Of each level."""
+    """Return the costly part of the gradient's budget, of each level."""
     valid = case.scores != -torch.inf
     scores, weights, reach = case.scores[valid], case.weights[valid], reach_of(case)
     positive_groups = case.groups_of(valid)
@@ -301,7 +305,7 @@ def gradient_budget(
     truth: Sequence[Tensor],
     terms: list[GradientTerms] | None = None,
 ) -> list[Tensor]:
-    """How far the gradient by each level may be from `truth`, the reference in float64."""
+    """Bound how far the gradient by each level may be from `truth`, the reference in float64."""
     terms = terms or gradient_terms(case)
     rounding = rounding_of_tiles(case, tiles)
     in_sum = rounding.gradient_terms * epsilon(case) / 2
@@ -313,7 +317,7 @@ def gradient_budget(
 
 
 def rounding_of(out: Tensor, exact: Tensor, spread: Tensor) -> Tensor:
-    """What is lost by writing a result, `exact` to within `spread`, in the dtype of `out`."""
+    """Return what writing a result, `exact` to within `spread`, in the dtype of `out` loses."""
     info = torch.finfo(out.dtype)
     last_place = info.eps / 2 * exact.abs() + info.smallest_normal * info.eps / 2
     if out.dtype == torch.bfloat16 and out.device.type == "cpu":
@@ -322,7 +326,7 @@ def rounding_of(out: Tensor, exact: Tensor, spread: Tensor) -> Tensor:
 
 
 def pair_error(case: Case, rounding: Rounding, of_torch: Error) -> Error:
-    """The allowed error of one H on its slope; everywhere else it is exact.
+    """Return the allowed error of one H on its slope; everywhere else it is exact.
 
     Four times the largest error that torch makes in the same dtype, and what the algorithm adds.
     """
@@ -332,7 +336,7 @@ def pair_error(case: Case, rounding: Rounding, of_torch: Error) -> Error:
 
 
 def torch_error(case: Case, others: Tensor) -> float:
-    """The largest error of torch's H among the positives and others on their slopes."""
+    """Return the largest error of torch's H among the positives and others on their slopes."""
     scores = case.scores[case.scores != -torch.inf]
     if case.delta == 0 or not scores.numel() or not others.numel():
         return 0.0
@@ -352,7 +356,7 @@ def _thin(vector: Tensor, most: int) -> Tensor:
 
 
 def reach_of(case: Case) -> float:
-    """How far from a positive a score is on its slope, where H is rounded; or just beside it."""
+    """Return how far from a positive a score is on its slope, where H is rounded; or beside it."""
     return case.delta * (1 + epsilon(case))
 
 
@@ -361,7 +365,7 @@ def _sum_within_groups(
     queries: tuple[Tensor, Tensor | None],
     reach: float,
 ) -> Tensor:
-    """`sum_within` reach of each query, (places, groups), among the points of its own group."""
+    """Call `sum_within` reach of each query, (places, groups), among the points of its group."""
     places, weights, groups = points
     if groups is None or queries[1] is None:
         return sum_within(places, weights, queries[0], reach, reach)
@@ -375,7 +379,7 @@ def _sum_within_groups(
 def sum_within(
     points: Tensor, weights: Tensor, queries: Tensor, below: float, above: float
 ) -> Tensor:
-    """For each query q, the sum of the weights of the points in [q - below, q + above]."""
+    """Sum, for each query q, the weights of the points in [q - below, q + above]."""
     points, order = points.double().sort()
     sums = torch.nn.functional.pad(weights[order].cumsum(0), (1, 0))
     queries = queries.double()

@@ -48,7 +48,7 @@ class LossResult(NamedTuple):
 def evaluate(
     loss: str, case: Case, impl: str, algorithm: str, dtype: torch.dtype | None = None
 ) -> LossResult:
-    """Forward and backward of a loss on the case, which has no padding; in float64 if asked."""
+    """Run forward and backward of a loss on the case, without padding; in float64 if asked."""
     leaves = [level.detach().to(dtype or level.dtype).requires_grad_() for level in case.logits]
     settings: dict[str, Any] = {"ignore_index": IGNORE, "impl": impl, "algorithm": algorithm}
     values: tuple[Tensor, ...]
@@ -69,7 +69,7 @@ def evaluate(
 def loss_budget(
     loss: str, case: Case, tiles: Tiles | BreakpointTiles, truth: LossResult, reference: ModuleType
 ) -> LossResult:
-    """How far a loss may be from `truth`, the reference's in float64."""
+    """Bound how far a loss may be from `truth`, the reference's in float64."""
     case = case if loss == "alrp" else case._replace(values=torch.zeros_like(case.values))
     exact = case.expected_count(torch.float64, reference)
     nfp, rank_positive, value_sum = exact
@@ -104,11 +104,11 @@ class Uncertain(NamedTuple):
     off: Tensor
 
     def unsure(self, least: float = 0.0) -> Tensor:
-        """Where it is not sure that the number exceeds `least`, 0 or a little more."""
+        """Return where it is not sure that the number exceeds `least`, 0 or a little more."""
         return (self.exact <= 4 * self.off + least) & (self.off > 0)
 
     def per(self, above: Uncertain) -> Uncertain:
-        """Divided by what stands above a positive; 0 where nothing does, or it is not sure."""
+        """Divide by what stands above a positive; 0 where nothing does, or it is not sure."""
         seen, exact = above.exact > 4 * above.off, self.exact / above.exact
         off = (self.off + exact * above.off) / above.exact
         return Uncertain(torch.where(above.exact > 0, exact, 0.0), torch.where(seen, off, 0.0))
@@ -123,7 +123,7 @@ def update_budget(
     reference: ModuleType,
     least: float = 0.0,
 ) -> list[Tensor]:
-    """Of the gradient by the logits, `truth`: -D / |P| at positives, D / (|P| NFP) H at negatives.
+    """Bound the gradient by logits, `truth`: -D / |P| at positives, else D / (|P| NFP) H.
 
     Args:
         case, tiles, truth, reference: as in `loss_budget`.
@@ -153,7 +153,7 @@ def update_budget(
 def _by_loc_errors(
     case: Case, tiles: Tiles | BreakpointTiles, rank: Tensor, d_rank: Tensor, reference: ModuleType
 ) -> Tensor:
-    """Of dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
+    """Bound dloc/dEloc(k) = (1/|P|) [1 / rank(k) + sum_{i != k} H(x_ik) / rank(i)].
 
     The sum is S(k) of the values 1 / rank among the negated scores.
     """

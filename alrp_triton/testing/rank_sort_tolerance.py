@@ -31,19 +31,25 @@ _DOUBLE = torch.finfo(torch.float64).eps
 
 
 def sorting_count_budget(case: Case, exact: Tensor) -> Tensor:
-    """(3, P): how far the sums over worse and better positives may be from `exact`; no padding."""
+    """Bound how far the sums over worse and better positives, (3, P), may be from `exact`.
+
+    There is no padding.
+    """
     ones = torch.ones_like(case.values)
     on_slope = torch.stack([_on_slope(case, weights) for weights in (ones, ones, case.values)])
     return on_slope + _DOUBLE * case.scores.numel() * exact.abs()
 
 
 def sorting_gradient_budget(case: Case, exact: Tensor) -> Tensor:
-    """(P,): how far what the weights lay on each positive may be from `exact`; no padding."""
+    """Bound how far what the weights lay on each positive, (P,), may be from `exact`.
+
+    There is no padding.
+    """
     return _on_slope(case, case.weights) + _DOUBLE * case.scores.numel() * exact.abs()
 
 
 def _on_slope(case: Case, weights: Tensor) -> Tensor:
-    """What rounding all H on their slope may amount to, whatever the qualities are."""
+    """Return what rounding all H on their slope may amount to, whatever the qualities are."""
     reach = reach_of(case)
     error = pair_error(case, Rounding(0.0, 0, 0), torch_error(case, case.scores))
     return error * sum_within(case.scores, weights, case.scores, reach, reach)
@@ -57,7 +63,7 @@ def rank_sort_budget(
     itself: float = 1.0,
     least: float = 0.0,
 ) -> LossResult:
-    """How far Rank & Sort may be from `truth`: (ranking, sorting), and the gradient of their sum.
+    """Bound how far (ranking, sorting) and the gradient of their sum may be from `truth`.
 
     Args:
         case: without padding.
@@ -102,7 +108,7 @@ def rank_sort_budget(
 def _among_positives(
     case: Case, quality: Tensor, worse: Uncertain, missorted: Uncertain, least: float
 ) -> Tensor:
-    """(P,) of the gradient by the positives that the sorting error makes."""
+    """Bound the gradient by the positives, (P,), that the sorting error makes."""
     weights, d_weights = missorted.per(worse)
     unsure = torch.where(worse.unsure(least), missorted.exact + missorted.off, 0.0)
     scores = case.scores.double()

@@ -121,7 +121,7 @@ def _forward_backward(verify: Judge, tiles: Tiles | BreakpointTiles) -> None:
 
 
 def fit(timed: Sequence[Timed]) -> Costs | None:
-    """The prices that explain times best; None if there are fewer times than prices."""
+    """Fit the prices that explain times best; return None if there are fewer times than prices."""
     pairwise = _fit("pairwise", PairwiseCosts.terms, timed)
     breakpoints = _fit("breakpoints", BreakpointCosts.terms, timed)
     if pairwise is None or breakpoints is None:

@@ -82,7 +82,7 @@ class Goal(NamedTuple):
 
 
 def verify(rows: Sequence[Row], standard: Standard) -> list[dict[str, Any]]:
-    """Each goal of which something was measured, with the worst that was found."""
+    """Verify each goal of which something was measured, by the worst that was found."""
     judged = []
     for what, figures, bound, at_least in _goals(rows, standard):
         if found := list(figures):

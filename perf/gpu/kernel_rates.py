@@ -31,7 +31,7 @@ _SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction a cl
 
 
 def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Logits counted between breakpoints a second; the share that stands above the first."""
+    """Measure logits a second counted between breakpoints, and what share is above the first."""
     device = case.scores.device
     tiles = breakpoints.choose_tiles(case.batch)
     if refused := Judge(case).refuses("count", tiles):
@@ -73,7 +73,7 @@ def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
 
 
 def measure_sort(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
-    """Seconds until the breakpoints of all positives are sorted, and can be looked up."""
+    """Measure the seconds until the breakpoints of all positives are sorted and can be searched."""
     scores = case.scores.double()
     right = torch.cat([scores - case.delta, scores + case.delta]).sort().values
     ok = torch.equal(sort_breakpoints(case.scores, case.delta).high, right)

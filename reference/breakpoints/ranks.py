@@ -134,27 +134,30 @@ def _sum_negatives(
 
 
 def _of(x: Tensor, interval: Tensor, workspace: Workspace) -> Tensor:
-    """What x (I,) holds of each interval (n,)."""
+    """Return what x (I,) holds of each interval (n,)."""
     return torch.index_select(x, 0, interval, out=workspace("of interval", interval, x.dtype))
 
 
 def _offset(
     scores: Tensor, interval: Tensor, breakpoints: Breakpoints, workspace: Workspace
 ) -> Tensor:
-    """Float64 distances (n,) to `high` of the interval's lower breakpoint."""
+    """Return float64 distances (n,) to `high` of the interval's lower breakpoint."""
     offset = workspace("offset", scores, torch.float64).copy_(scores)
     return offset.sub_(_of(breakpoints.high, interval, workspace))
 
 
 def _along(x: Tensor, interval: Tensor) -> Tensor:
-    """What the rows of x (..., I) hold of some intervals (P,); `index_select` takes far longer."""
+    """Return what rows of x (..., I) hold of some intervals (P,).
+
+    `index_select` would take far longer.
+    """
     return x.gather(-1, interval.expand(*x.shape[:-1], -1))
 
 
 def _window_mean(
     breakpoints: Breakpoints, from_start: Tensor, number: Tensor, distance: Tensor, delta: float
 ) -> Tensor:
-    """(..., P) mean over the window of i of G(t), the number of examples at or above t.
+    """Return the mean (..., P) over the window of i of G(t), how many examples are at or above t.
 
     Args:
         breakpoints: of the positives.
@@ -176,7 +179,7 @@ def _window_mean(
 def _linear_pieces(
     breakpoints: Breakpoints, weights: Tensor, delta: float
 ) -> tuple[Tensor, Tensor]:
-    """(value at `high` of the start, slope), each (I,), of sum_i weights(i) H(s - s_i)."""
+    """Return (value at `high` of the start, slope), each (I,), of sum_i weights(i) H(s - s_i)."""
     change = torch.zeros_like(breakpoints.high).index_copy_(0, breakpoints.lower, weights)
     if delta == 0:
         return breakpoints.running_sum(change), torch.zeros_like(change)

@@ -44,7 +44,7 @@ class Part(NamedTuple):
     at: tuple[slice | Tensor, ...]  # their place in the block, which may be one piece of it
 
     def write(self, out: Tensor, total: Tensor) -> None:
-        """Writes total (n,) into a block of a level."""
+        """Write total (n,) into a block of a level."""
         if isinstance(self.at[0], slice):
             piece = out[self.at]
             piece.copy_(total.view(piece.shape))
@@ -65,7 +65,7 @@ class Block(NamedTuple):
     def parts(
         self, breakpoints: Breakpoints, ignore_index: int, workspace: Workspace
     ) -> Iterator[Part]:
-        """All negatives not wholly below min_P(s) - delta, and where many are, the others too.
+        """Yield all negatives not wholly below min_P(s) - delta, and the others too where many are.
 
         Args:
             breakpoints: of the positives.
@@ -80,7 +80,7 @@ class Block(NamedTuple):
 def survey(
     logits: Tensor, targets: Tensor, groups: Tensor | None, breakpoints: Breakpoints
 ) -> Iterator[Block]:
-    """Cuts a level into blocks, and finds where in each the relevant logits are."""
+    """Cut a level into blocks, and find where in each the relevant logits are."""
     for rows, places, block_logits, block_targets in blocks(logits, targets, SURVEY):
         highest = run_maxima(block_logits.reshape(-1))
         ordered = not highest.amax().isnan()
@@ -97,7 +97,7 @@ def survey(
 
 
 def _are_many(runs: Tensor, logits: Tensor, breakpoints: Breakpoints) -> bool:
-    """Whether many logits are relevant, by a sample; given the runs in which some are."""
+    """Return whether many logits are relevant, by a sample; given the runs in which some are."""
     if runs.numel() * RUN <= MAX_SPARSE_RUNS * logits.numel():
         return False
     sample = logits.reshape(-1)[::RUN].to(breakpoints.key.dtype)
@@ -107,7 +107,7 @@ def _are_many(runs: Tensor, logits: Tensor, breakpoints: Breakpoints) -> bool:
 def _by_run(
     block: Block, runs: Tensor, breakpoints: Breakpoints, ignore_index: int
 ) -> Iterator[Part]:
-    """Where few logits are relevant: picks them out of some runs, then asks what they are."""
+    """Pick few relevant logits out of some runs, then ask what they are."""
     flat = block.logits.reshape(-1)
     for some in runs.split(max(1, layout.CHUNK // RUN)):
         scores = in_runs(flat, some).to(breakpoints.key.dtype)
@@ -127,7 +127,7 @@ def _by_run(
 def _by_piece(
     block: Block, breakpoints: Breakpoints, ignore_index: int, workspace: Workspace
 ) -> Iterator[Part]:
-    """Where many are: all logits, a piece of the block at a time."""
+    """Yield all logits, a piece of the block at a time, where many are relevant."""
     for rows, places, piece, targets in blocks(block.logits, block.targets):
         scores = workspace("scores", piece, breakpoints.key.dtype)
         shaped = finite(piece, out=scores.view(piece.shape))
@@ -141,6 +141,9 @@ def _by_piece(
 
 
 def _not_below(x: Tensor, breakpoints: Breakpoints, ordered: bool) -> Tensor:
-    """Which logits x (n,) are not below all breakpoints, int64; NaN is not, if there may be any."""
+    """Return which logits x (n,) are not below all breakpoints, int64.
+
+    NaN is not, if there may be any.
+    """
     found = x >= breakpoints.lowest if ordered else ~(x < breakpoints.lowest)
     return found.nonzero()[:, 0]

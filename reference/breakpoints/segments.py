@@ -31,7 +31,7 @@ class Segments:
     behind: Tensor  # (I,) int64: and how many behind it
 
     def of(self, groups: Tensor) -> Tensor:
-        """The segment of each group, int64."""
+        """Return the segment of each group, int64."""
         groups = groups.to(self.groups.dtype).contiguous()
         first, last = self._range
         if last - first < NUMBERS:
@@ -79,7 +79,7 @@ class Segments:
 def sort_segments(
     positive_groups: Tensor, by_score: Tensor, place: Tensor
 ) -> tuple[Segments, Tensor]:
-    """Puts the breakpoints segment by segment.
+    """Put the breakpoints in order segment by segment.
 
     Args:
         positive_groups: (P,) int64.

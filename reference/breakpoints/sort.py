@@ -72,11 +72,11 @@ class Breakpoints:
         return pad((self.high.diff() + self.low.diff()).where(inside, 0.0), (0, 1))
 
     def running_sum(self, x: Tensor) -> Tensor:
-        """(..., I) sum over the intervals of the same segment up to each."""
+        """Return the prefix sum (..., I) over the intervals of the same segment up to each."""
         return running_sum(x) if self.segments is None else sum_along(x, self.segments.before)
 
     def sum_from_above(self, x: Tensor) -> Tensor:
-        """(..., I) sum over the intervals of the same segment from each on."""
+        """Return the sum (..., I) over the intervals of the same segment from each on."""
         if self.segments is None:
             return running_sum(x.flip(-1)).flip(-1)
         return sum_along(x.flip(-1), self.segments.behind.flip(0)).flip(-1)
@@ -90,12 +90,11 @@ class Breakpoints:
     def look_up(
         self, scores: Tensor, segment: Tensor | None, workspace: Workspace, ordered: bool = False
     ) -> Tensor:
-        """The interval of each score (n,) on its segment, int32.
+        """Return the interval of each score (n,) on its segment, int32.
 
         Most scores fall into a cell of the line of scores that no breakpoint falls into, where the
         table knows how many breakpoints lie below. Where a cell ends does not matter, since `_cell`
-        keeps
-        order: a breakpoint in a lower cell is below the score, one in a higher cell above it.
+        keeps order: a breakpoint in a lower cell is below the score, one in a higher cell above it.
 
         Args:
             scores: in the dtype of the breakpoints; NaN are given some interval.
@@ -118,7 +117,7 @@ class Breakpoints:
         return self.segments.interval(segment, below)
 
     def _search(self, scores: Tensor, cell: Tensor) -> Tensor:
-        """How many breakpoints lie below each score of a cell, int32.
+        """Return how many breakpoints lie below each score of a cell, int32.
 
         Mostly all that lie below the end of the cell, or one less.
         """
@@ -191,7 +190,7 @@ class Steps:
     def __call__(
         self, scores: Tensor, segment: Tensor | None, workspace: Workspace, ordered: bool = False
     ) -> Tensor:
-        """The values (n,) of scores: arguments as of `Breakpoints.look_up`.
+        """Return the values (n,) of scores: arguments as of `Breakpoints.look_up`.
 
         Most scores need not know their interval: a table by cells tells the value.
         """
@@ -217,7 +216,7 @@ class Steps:
 def sort_breakpoints(
     scores: Tensor, delta: float, positive_groups: Tensor | None = None, looked_up: int = 0
 ) -> Breakpoints:
-    """The breakpoints of positives with finite scores (P,), on the segments of their groups (P,).
+    """Sort the breakpoints of positives with finite scores (P,), on the segments of their groups.
 
     NaN stands in front of everything, which keeps what is made of the breakpoints finite.
 
@@ -264,7 +263,7 @@ def sort_breakpoints(
 
 
 def _argsort(scores: Tensor) -> Tensor:
-    """Stable. Many are sorted as integers, several times faster."""
+    """Sort stably. Many are sorted as integers, several times faster."""
     if scores.numel() < SEARCH_BELOW:
         return scores.argsort(stable=True)
     as_int = torch.int64 if scores.dtype == torch.float64 else torch.int32
@@ -274,7 +273,7 @@ def _argsort(scores: Tensor) -> Tensor:
 
 
 def _merge(scores: Tensor, bound: Tensor) -> Tensor:
-    """The places of all lower and of all upper breakpoints, (2, P) int64, of positives in order.
+    """Return places of all lower and all upper breakpoints, (2, P) int64, of positives in order.
 
     The upper breakpoint of k lies below the lower breakpoint of i where s_k < s_i - 2 delta, and so
     below `bound` (P,), the smallest score that is not less. Equal ones keep the order of the
@@ -286,14 +285,14 @@ def _merge(scores: Tensor, bound: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low): the sum in float64, and what rounding took from it (Knuth's two-sum)."""
+    """Return (high, low): the sum in float64, and what rounding took from it (Knuth's two-sum)."""
     high = x + y
     moved = high - x
     return high, (x - (high - moved)) + (y - moved)
 
 
 def _round_up(high: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of `dtype` that is not below high + low."""
+    """Return the smallest number of `dtype` that is not below high + low."""
     key = high.to(dtype)
     short = (high - key) + low > 0  # the difference is exact
     key = torch.where(short, key.nextafter(key.new_full((), torch.inf)), key)

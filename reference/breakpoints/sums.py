@@ -12,19 +12,21 @@ from torch.nn.functional import pad
 
 
 def adds_in_order(device: torch.device) -> bool:
-    """Whether torch's own sums are the same from run to run there."""
+    """Return whether torch's own sums are the same from run to run there."""
     return device.type == "cpu"
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """(..., I) running sums along the last dimension."""
+    """Return prefix sums (..., I) along the last dimension."""
     if adds_in_order(x.device):
         return x.cumsum(-1)
     return sum_along(x, torch.arange(x.shape[-1], device=x.device))
 
 
 def sum_along(x: Tensor, before: Tensor) -> Tensor:
-    """(..., I) running sums that start anew wherever `before` (I,), which counts from there, is 0.
+    """Return prefix sums (..., I) that start anew wherever `before` (I,) is 0.
+
+    It counts the summands of each segment before a place.
 
     By doubling: after a round of length n each sum holds the last 2n summands of its segment. So
     nothing of another segment is ever added, which would have to be taken away again.
@@ -38,7 +40,7 @@ def sum_along(x: Tensor, before: Tensor) -> Tensor:
 
 
 def sum_by_place(x: Tensor, place: Tensor, size: int) -> Tensor:
-    """(size,) float64: the sum at each place of those of x (n,), n > 0, that have it (n,)."""
+    """Sum, at each place, those of x (n,), n > 0, that have it (n,): (size,) float64."""
     if adds_in_order(x.device):
         return place.bincount(x, minlength=size)
     place, order = place.sort(stable=True)

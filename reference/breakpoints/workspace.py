@@ -17,7 +17,7 @@ class Workspace:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A vector with an entry for each of `like`; what stood there under this name is lost."""
+        """Return a vector with an entry for each of `like`; what had this name is lost."""
         kept = self._kept.get((name, dtype))
         if kept is None or kept.numel() < like.numel():
             kept = self._kept[name, dtype] = like.new_empty(like.numel(), dtype=dtype)

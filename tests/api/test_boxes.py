@@ -406,7 +406,7 @@ def test_a_box_that_loses_its_height():
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sizes_do_not_matter(backend, kind, dtype):
-    """The same bits in units of a pixel, of 1e-20 of it, and of 1e37."""
+    """The bits are the same in units of a pixel, of 1e-20 of it, and of 1e37."""
     pred, target = (boxes.to(dtype) for boxes in random_boxes(60))
     degenerate = torch.tensor([[1, 1, 1, 4], [1, 1, 4, 1], [2, 2, 2, 2], [4, 4, 1, 1.0]]).to(dtype)
     pred, target = torch.cat([pred, degenerate]), torch.cat([target, degenerate.flip(0)])
@@ -483,7 +483,7 @@ def test_an_infinity_counts_as_the_largest_number(backend, kind):
 @every_kind
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_gradient_comes_out_where_none_goes_in(backend, kind, dtype):
-    """Exactly 0, whatever a row holds, in either box; what is real stays as it is."""
+    """It is exactly 0, whatever a row holds, in either box; what is real stays as it is."""
     real = random_boxes(40)
     spoilt = [boxes.clone() for boxes in real]
     hostile = hostile_boxes(40, seed=1)
@@ -518,7 +518,7 @@ def test_nan_from_above_stays_visible(backend, kind):
 @every_backend
 @every_kind
 def test_padding_in_a_static_buffer(backend, kind):
-    """The loss in whole: neither the gradient of the buffer nor of a head before it meets NaN."""
+    """In the whole loss neither the gradient of the buffer nor of a head before it meets NaN."""
     real, target = (boxes.to(backend.device) for boxes in random_boxes(3))
     gradients = []
     for rubbish in (0.0, torch.nan, torch.inf, -torch.inf):
@@ -553,7 +553,7 @@ def test_tiny_boxes(backend, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivative_of_padding(kind):
-    """0 too, and finite for the others; that of torch, by differences."""
+    """It is 0 too, and finite for the others; torch's is found by differences."""
     pred, target = (boxes.double() for boxes in generic_boxes(4, seed=3))
     pred[1] = torch.nan
     pred.requires_grad_()
@@ -787,7 +787,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG)
 def test_every_wrong_argument_is_named(name, wrong):
-    """First its name, then what was expected, then what came; in `ALRPLoss` by its name there."""
+    """An error says its name, what was expected, and what came; in `ALRPLoss` by its name there."""
     arguments = {"pred_boxes": torch.zeros(3, 4), "target_boxes": torch.zeros(3, 4)}
     arguments[name] = wrong
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got "):

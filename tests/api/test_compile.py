@@ -168,7 +168,7 @@ def test_padded_positives_never_recompile():
 
 
 def test_a_changing_number_of_positives_recompiles_no_more_than_once():
-    """The first size, then any size (dynamic); 0 and 1 are special to the compiler."""
+    """The first size is compiled, then any size (dynamic); 0 and 1 are special to the compiler."""
     backend, compiled = count_compilations()
     function = torch.compile(alrp_loss, fullgraph=True, backend=backend)
     for number in (7, 12, 3, 30, 19, 2):
@@ -214,7 +214,7 @@ def test_compiled_loc_has_its_forward_mode():
 
 @pytest.mark.parametrize("upstream", ["constant", "differentiable"])
 def test_a_compiled_second_derivative_is_an_error(upstream):
-    """Of the compiler, which has none of anything."""
+    """The compiler raises it, which has no second derivative of anything."""
     logits, targets = detector_batch("mid", 60, 3, 12)
     logits.requires_grad_()
     loss = torch.compile(ap_loss, fullgraph=True, backend="aot_eager")(logits, targets)

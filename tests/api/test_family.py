@@ -210,7 +210,7 @@ def test_every_loss_is_algorithm_1(loss, algorithm, batch):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_is_algorithm_1_on_the_kernels(loss, algorithm, grouped):
-    """Of float64 logits; breakpoints place a logit in fixed point, as finely as float32 does."""
+    """Logits are float64; breakpoints place a logit in fixed point, as finely as float32 does."""
     pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(60, dtype=torch.float64, generator=generator).to(DEVICE)
@@ -291,7 +291,7 @@ def test_rank_and_sort_by_hand(algorithm):
 
 
 def test_groups_are_ranked_one_by_one():
-    """AP of each image alone, weighted by its positives, values and gradients."""
+    """The truth is AP of each image alone, weighted by its positives: values and gradients."""
     parts = [detector_batch("spread", 50, 4, number, seed=number) for number in (1, 5, 9)]
     logits = torch.stack([part for part, _ in parts]).double()  # (3, 50, 4)
     targets = torch.stack([part for _, part in parts])
@@ -367,7 +367,7 @@ def test_nan_in_a_group_without_positives_is_nan():
 
 
 def test_harder_negatives_get_more():
-    """Power 2: twice the margin, four times the share; NFP, and so the loss, stay as they were."""
+    """With power 2 twice the margin gets four times the share; NFP, and so the loss, stay."""
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     targets = torch.tensor([1, 0, 0, 0])
     shares = []
@@ -444,7 +444,7 @@ def test_wrong_quality():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_and_levels_with_groups(loss, algorithm):
-    """Levels of maps, class indices, groups by image as a view: as one list without padding."""
+    """Levels of maps, class indices and groups by image as a view give what one list gives."""
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(2, 3, *size, generator=generator) for size in ((4, 5), (2, 2))]
     targets = [torch.randint(-1, 3, (2, *x.shape[2:]), generator=generator) for x in logits]
@@ -485,7 +485,7 @@ def test_16_bit_logits_are_computed_as_if_upcast(distribution, skew):
 @pytest.mark.parametrize("groups", [None, torch.arange(4)[:, None]])
 @pytest.mark.parametrize(("loss", "skew"), [*((loss, 0.0) for loss in LOSSES), ("own", 2.0)])
 def test_between_forward_and_backward_only_the_input_is_kept(loss, skew, groups):
-    """And a few numbers for each positive: nothing of the size of the logits, nothing P x P."""
+    """Beside it there are a few numbers for each positive: nothing of N entries, nothing P x P."""
     logits = torch.randn(4, 12_000, requires_grad=True)
     targets = torch.zeros(4, 12_000, dtype=torch.int64)
     targets[:, ::160] = 1

@@ -584,7 +584,7 @@ def test_errors_function_may_return_numbers_and_other_dtypes(algorithm, form):
 
 
 def test_an_error_for_all_positives_may_be_a_scalar():
-    """A tensor or a number: every positive gets it, negatives being near, and the loss is it."""
+    """Every positive gets the tensor or number, negatives being near, and the loss is it."""
     logits, targets = detector_batch("init", 200, 3, 12)
     for error in (0.5, torch.tensor(0.5)):
         leaf = logits.clone().requires_grad_()
@@ -822,7 +822,7 @@ def test_positives_are_all_and_each_once(form, algorithm):
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_what_stands_in_padded_rows_is_never_seen(grouped, garbage, algorithm):
-    """Neither by a value nor by a gradient, of any loss: a buffer may be uninitialised there."""
+    """No value and no gradient of any loss sees it: a buffer may be uninitialised there."""
     logits, targets = detector_batch("spread", 120, 4, 15)
     found, values = (targets >= 0).nonzero()[:, 0], torch.rand(15)
     slots = torch.randperm(20)[:15].sort().values

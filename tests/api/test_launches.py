@@ -84,7 +84,7 @@ def train(cell: workloads.Cell, launches: Launches, algorithm: str) -> None:
 
 
 def test_launches_of_a_large_call(counted: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As "auto" chooses there: logits are looked up, and positives compared in pairs."""
+    """ "auto" looks logits up there, and compares positives in pairs."""
     costs = Costs(PairwiseCosts(0.0, 1.0, 0.0, 0.0), BreakpointCosts(1.0, 0.0, 0.0))
     monkeypatch.setattr(backend, "costs_for", lambda device, dtype: costs)
     train(workloads.Cell(8000, 300, "mid"), counted, "auto")
@@ -106,7 +106,7 @@ def test_launches_of_a_large_call(counted: Launches, monkeypatch: pytest.MonkeyP
 def test_launches_of_a_call(
     algorithm: str, dtype: str, most: tuple[int, int], positives: int, counted: Launches
 ) -> None:
-    """Whatever the number of positives; torch's sort, one operator here, launches more itself."""
+    """It is so for any number of positives; torch's sort, one operator here, launches more."""
     train(workloads.Cell(8000, positives, "mid", dtype=dtype), counted, algorithm)
     kernels, operators = counted.numbers
     assert kernels <= most[0], counted.kernels

@@ -256,7 +256,7 @@ def test_what_is_asked_for_by_name_runs_or_raises():
 
 @pytest.mark.gpu
 def test_auto_chooses_triton_and_never_waits():
-    """On a GPU: the whole of forward and backward without one synchronisation."""
+    """On a GPU, forward and backward as a whole run without one synchronisation."""
     logits, targets, loc_errors = batch()
     kernels = backend.select("auto", "auto", [logits], loc_errors)
     assert kernels.__name__.startswith("alrp_triton.kernels.")

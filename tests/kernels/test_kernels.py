@@ -91,11 +91,11 @@ class Case(budgets.Case):
     """With the results of the kernels."""
 
     def count(self, *tiles: Any) -> tuple[Tensor, ...]:
-        """By the kernels; with small tiles unless told otherwise, None for those of the device."""
+        """Count by the kernels; with small tiles unless told otherwise, None for the device's."""
         return this.kernels.count(*self.count_input, *(tiles or (this.small,)))
 
     def gradient(self, *tiles: Any) -> list[Tensor]:
-        """Likewise."""
+        """Take the gradient by the kernels; the tiles are chosen likewise."""
         return this.kernels.gradient(*self.gradient_input, *(tiles or (this.small,)))
 
 
@@ -278,14 +278,14 @@ def test_small_delta_is_as_good_as_torch() -> None:
 
 
 def test_no_levels() -> None:
-    """Only the positives among themselves, as the gradient by the localisation errors asks for."""
+    """The positives are counted alone, as the gradient by the localisation errors asks for."""
     case = make(torch.randn(20, 2, 1), torch.zeros(20, 1, dtype=torch.int64), 1.0, padding=4)
     check(case._replace(logits=[], targets=[]))
 
 
 @pytest.mark.gpu
 def test_counts_beyond_float32() -> None:
-    """More than 2^24 negatives above a positive, by way of a stride of 0."""
+    """By way of a stride of 0, more than 2^24 negatives stand above a positive."""
     number = (1 << 24) + 3
     logits = torch.ones(1, 1, 1, device=DEVICE).expand(1, 1, number)
     targets = torch.zeros(1, 1, 1, dtype=torch.int8, device=DEVICE).expand(1, 1, number)
@@ -368,7 +368,7 @@ def test_as_many_groups_as_positives() -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 def test_one_group_is_no_groups(delta: float) -> None:
-    """Bit by bit in the arithmetic that both share."""
+    """They are equal bit by bit in the arithmetic that both share."""
     logits, targets = 2 * torch.randn(30, 2, 1), class_indices(30, 2, 1)
     case = make(logits, targets, delta, 4)
     grouped = Case(*budgets.group(case, [_groups_of("one", targets)]))
@@ -408,7 +408,7 @@ def test_a_group_next_to_a_crowd_loses_nothing() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_not_finite_reaches_every_group(form: Callable) -> None:
-    """As in the specification: a NaN among the negatives, a NaN score, a weight of NaN."""
+    """The specification says so: of a NaN among the negatives, a NaN score, a weight of NaN."""
     targets = form(30, 2, 1)
     case = make(torch.randn(30, 2, 1), targets, 1.0, groups=_groups_of("drawn", targets))
     negative = torch.ones_like(case.logits[0], dtype=torch.bool)
@@ -493,7 +493,7 @@ def _with(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_an_infinite_logit_in_every_place(grouped: bool, dtype: torch.dtype) -> None:
-    """Also where nobody looks: no positive stands in its group, or nothing but padding."""
+    """It may stand where nobody looks: in a group without a positive, or with padding alone."""
     for form, delta in zip(FORMS, (0.0, 1.0), strict=True):
         check(_with(torch.inf, _UNSEEN, form, grouped, delta, dtype))
         check(_with(torch.inf, ["negative", "last", "beside nobody"], form, grouped, delta, dtype))
@@ -503,7 +503,7 @@ def test_an_infinite_logit_in_every_place(grouped: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_padding_alone_looks_at_nothing(grouped: bool, dtype: torch.dtype) -> None:
-    """Whatever the logits are, in the group of the padding and in another."""
+    """The logits may be anything, in the group of the padding and in another."""
     logits = torch.randn(20, 1, 1).to(dtype)
     logits[[0, 7, 19]], logits[[1, 8]], logits[[2, 5]] = torch.inf, -torch.inf, torch.nan
     groups = torch.tensor([0, 1] * 10)[:, None] if grouped else None
@@ -517,7 +517,7 @@ def test_padding_alone_looks_at_nothing(grouped: bool, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("delta", [0.0, 2.0**60])
 def test_logits_beyond_the_largest_tie(dtype: torch.dtype, delta: float) -> None:
-    """At -2^125 and 2^125, beside positives that stand there, and beside some that nearly do."""
+    """They are at -2^125 and 2^125, beside positives that stand there, or nearly do."""
     powers = 2 ** torch.tensor([123.0, 124.5, 124.99, 125.0, 125.5, 127.0])
     ends = torch.cat([-powers, powers, torch.tensor([-torch.inf, torch.inf])])
     logits = torch.cat([ends, ends])[:, None, None].to(dtype)
@@ -581,7 +581,7 @@ def test_nan_score() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # inf - inf
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 def test_weight_that_is_not_finite(weight: float) -> None:
-    """Reaches even a logit on which H is 0, as in the reference: 0 times it is NaN."""
+    """It reaches even a logit on which H is 0, as in the reference: 0 times it is NaN."""
     case = make(torch.randn(30, 2, 1), torch.zeros(30, 1, dtype=torch.int64), 0.1)
     case.weights[5] = weight
     (gradient,), (expected,) = case.gradient(), case.expected_gradient(torch.float64)
@@ -617,7 +617,7 @@ def test_a_positive_that_is_not_listed_gets_zero() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A row 2^31 elements behind the first; memory that is never touched is never allocated."""
+    """A row lies 2^31 elements behind the first; memory never touched is never allocated."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty((1 << 31) + 64, dtype=torch.bfloat16, device=DEVICE)
     torch.utils.deterministic.fill_uninitialized_memory = True

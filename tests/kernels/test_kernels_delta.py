@@ -89,7 +89,7 @@ def test_count_and_gradient(delta: float, dtype: torch.dtype, algorithm: str) ->
 def test_large_calls_in_small(
     cells: int, bits: int, delta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cell or two for each positive, and distances of fewer bits: what many positives leave."""
+    """Many positives leave a cell or two for each of them, and distances of fewer bits."""
     monkeypatch.setattr(kernels["sort"], "_MOST_CELLS", cells)
     monkeypatch.setattr(kernels["histogram"], "_BITS", bits)
     for grouped in (False, True):

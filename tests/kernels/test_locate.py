@@ -43,7 +43,7 @@ class Levels(NamedTuple):
         return sum(int(layout.is_positive(*pair, self.ignore_index).sum()) for pair in pairs)
 
     def positions(self) -> Tensor:
-        """Of the positives, in the flattened targets of all levels."""
+        """Where the positives stand in the flattened targets of all levels."""
         pairs = zip(self.logits, self.targets, strict=True)
         masks = [layout.is_positive(*pair, self.ignore_index).flatten() for pair in pairs]
         return torch.cat(masks).nonzero()[:, 0]
@@ -117,7 +117,7 @@ def levels(draw: st.DrawFn) -> Levels:
     st.integers(0, 2**31),
 )
 def test_is_the_reference(case: Levels, padding: int, block: int, most: int, seed: int) -> None:
-    """Searched for, and given in any order; whatever the sizes of blocks and stretches."""
+    """Positives are searched for, or given in any order, by any sizes of blocks and stretches."""
     number = case.number
     order = torch.randperm(number + padding, generator=torch.Generator().manual_seed(seed))
     said = torch.full((number + padding, 2), -1, device=DEVICE)
@@ -152,7 +152,7 @@ def test_empty() -> None:
 
 
 def test_no_classes() -> None:
-    """Anchors, but nothing that they could be positive for."""
+    """There are anchors, but nothing that they could be positive for."""
     case = Levels(
         [torch.randn(2, 0, 3, device=DEVICE)],
         [torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)],
@@ -163,14 +163,14 @@ def test_no_classes() -> None:
 
 
 def test_every_program_of_every_level_pads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for many more than there are: more blocks of padding than stretches."""
+    """There is room for many more than there are: more blocks of padding than stretches."""
     if not HAS_GPU:
         monkeypatch.setattr(kernels, "_BLOCK", 4)
     check(example(), None, 70 if not HAS_GPU else 70 * kernels._BLOCK + 3, False)
 
 
 def test_positives_go_to_slots_as_they_are_listed() -> None:
-    """What the reference does where asking for their number would wait for the device."""
+    """The reference does this where asking for their number would wait for the device."""
     for _ in range(50):
         masks = [torch.rand(number) < 0.3 for number in torch.randint(1, 30, (3,)).tolist()]
         listed = layout._places(masks)
@@ -207,7 +207,7 @@ def test_a_wrong_number_raises_and_writes_nothing_beyond(size: int, exact: bool)
     [0, 2, 4, 7, 8, 17, 38, -2, 2**31, 2**62, torch.iinfo(torch.int64).max, -(2**63)],
 )
 def test_a_wrong_position_raises_and_is_read_nowhere(wrong: int) -> None:
-    """Background, ignored, and outside of every level; to the rest it is as if it were padding."""
+    """It is background, ignored, or outside of every level; to the rest it is as padding."""
     case = example()
     said = torch.tensor([3, wrong, 5, -1])
     for module in (layout, kernels):
@@ -258,7 +258,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_positions_beyond_32_bits() -> None:
-    """As many logits and targets as there may be, all in the memory of one."""
+    """There are as many logits and targets as there may be, all in the memory of one."""
     one = torch.randn(1, 1, 1, device=DEVICE)
     many = one.expand(1, 1 << 20, 5000)  # 5.2e9 logits of 5000 anchors
     indices = torch.full((1, 5000), -1, device=DEVICE)

@@ -99,7 +99,7 @@ print(forward, peak() - before - 4 * logits.numel(), logits.grad.abs().sum().ite
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_86_million_logits_on_a_cpu() -> None:
-    """Peak memory beyond the logits and their gradient: 2 % of the logits and 32 MB at most."""
+    """Peak memory beyond logits and gradient is at most 2 % of the logits and 32 MB."""
     command = [sys.executable, "-c", _LARGE_CALL]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     forward, both, total = (float(x) for x in done.stdout.split())

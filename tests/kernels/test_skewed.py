@@ -87,7 +87,7 @@ class Call(NamedTuple):
 
 
 def draw(name: str, grouped: bool = False) -> Call:
-    """A case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
+    """Draw a case with powers of 0, a half, 1, 2 and 4, and sums that a float32 holds."""
     call = _with_powers(CASES[name]())
     if not grouped:
         return call
@@ -119,7 +119,7 @@ def test_every_delta_with_scores_of_every_magnitude(delta: float, dtype: torch.d
 
 
 def check(call: Call) -> None:
-    """H is rounded once or twice in the dtype of the scores, all else is float64."""
+    """Check with H rounded once or twice in the dtype of the scores; all else is float64."""
     case, (mass, gradients) = call.case, call.truth()
     error = pair_error(case, _EXACT, torch_error(case, case.negatives()))
     of_mass, of_gradients = call.truth(on_slope=True)

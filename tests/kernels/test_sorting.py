@@ -107,15 +107,15 @@ class Call(NamedTuple):
     delta: float
 
     def count(self, module: ModuleType = kernels) -> Tensor:
-        """(3, P)."""
+        """Count by the kernels: (3, P)."""
         return torch.stack(module.count(self.batch(), self.quality, self.values))
 
     def gradient(self, module: ModuleType = kernels) -> Tensor:
-        """(P,)."""
+        """Take the gradient by the kernels: (P,)."""
         return module.gradient(self.batch(), self.quality, self.weights)
 
     def batch(self) -> Batch:
-        """The positives."""
+        """Return the batch of the positives."""
         return positives_alone(self.scores, self.delta, self.groups)
 
     def of(self, places: Tensor) -> Call:
@@ -185,7 +185,7 @@ def check(call: Call) -> None:
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_are_the_specification(dtype: torch.dtype, delta: float, ties: bool) -> None:
-    """Fewer than a program takes, a tile of others to the last, one more, and a ragged number."""
+    """Sizes are below a program's, a tile of others to the last, one more, and a ragged one."""
     for positives in (1, 3, kernels._LANES, kernels._LANES + 1, 150):
         check(draw(positives, delta, dtype, ties))
 
@@ -286,7 +286,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("module", [sorting, kernels], ids=["torch", "triton"])
 def test_nothing_of_every_pair_exists(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In torch a chunk of the pairs; in Triton a few numbers for each positive."""
+    """torch holds a chunk of the pairs, Triton a few numbers for each positive."""
     positives, chunk = 300, 3000
     monkeypatch.setattr(pairwise, "PAIRS", chunk)
     call = draw(positives, 0.5, grouped=True)
@@ -319,7 +319,7 @@ def evaluate(case: Case, quality: Tensor, dtype: torch.dtype, **settings: Any) -
 @pytest.mark.parametrize("delta", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rank_sort_loss(dtype: torch.dtype, delta: float, impl: str, algorithm: str) -> None:
-    """On two levels, held to every pair in float64."""
+    """On two levels it is held to every pair in float64."""
     logits = [(2 * torch.randn(n, 4, 1)).to(DEVICE, dtype) for n in (30, 12)]
     targets = [torch.randint(-1, 5, (len(level), 1), device=DEVICE) for level in logits]
     targets[0][12:] = -1

@@ -87,7 +87,7 @@ def test_an_algorithm_is_run_by_the_sizes_of_its_class(on_a_gpu):
 
 
 def test_costs_of_the_file_choose_the_algorithm(on_a_gpu):
-    """Where the estimates would take the other one."""
+    """The estimates would take the other one."""
     write(on_a_gpu, {"costs": {"float32": PRICES | {"measured": {"points": 9}}}})
     assert tuned.costs_for(GPU, torch.float32) == COSTS
     assert tuned.costs_for(GPU, torch.bfloat16) == default_costs(torch.bfloat16)
@@ -238,7 +238,7 @@ def test_a_file_without_permission_is_the_same_error(on_a_gpu, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["missing", "file", "broken link"])
 def test_a_users_directory_has_to_be_there(on_a_gpu, tmp_path, monkeypatch, kind):
-    """Or a mistyped name would leave the defaults in silence."""
+    """A mistyped name would leave the defaults in silence."""
     folder = tmp_path / "here"
     if kind == "file":
         folder.touch()

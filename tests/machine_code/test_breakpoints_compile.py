@@ -126,7 +126,7 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_threads_read_and_add_side_by_side(target: str, compiled: dict) -> None:
-    """Or the lanes of a tile would share copies of a word, and wait for each other."""
+    """Otherwise the lanes of a tile would share replicas of a bin, and wait for each other."""
     figures = compiled[target]["figures"].items()
     found = {name: x["scattered"] for name, x in figures if "scattered" in x}
     assert len(found) >= 2 * len(CASES) - 2  # some cases share a kernel
@@ -147,7 +147,7 @@ def test_threads_read_and_add_side_by_side(target: str, compiled: dict) -> None:
     ],
 )
 def test_instructions_a_logit(kernel: str, case: str, most: int, compiled: dict) -> None:
-    """On sm_90: of the longest way that a full tile can take."""
+    """They are counted on sm_90, on the longest way that a full tile can take."""
     figures = compiled["sm_90"]["figures"]
     (found,) = (
         x["per_logit"]

@@ -189,7 +189,7 @@ def test_threads_read_and_write_side_by_side(target: str, compiled: dict) -> Non
 
 @pytest.mark.parametrize("case", ["float32", "bfloat16", "float16", "wide"])
 def test_instructions_a_pair(case: str, compiled: dict) -> None:
-    """On sm_90: two for the pair (a multiply-add that clamps, an add), and a share of the rest."""
+    """On sm_90 it takes two (a multiply-add that clamps, an add), and a share of the rest."""
     figures = compiled["sm_90"]["figures"]
     fast, exact = figures[f"_count_kernel {case}"]["per_pair"]
     # Triton 3.6 needs 2.57 where offsets take 64 bits, 3.9 needs 2.498.
@@ -214,7 +214,7 @@ def test_random_sizes_and_deltas_make_no_new_variant(target: str, compiled: dict
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_tuned_classes_make_no_more_variants_than_they_differ(target: str, compiled: dict) -> None:
-    """Of `_tuned`: two preparations (few) of two kinds, count (few, warps), gradient (rows)."""
+    """`_tuned` makes two preparations (few) of two kinds, counts (few, warps), gradients (rows)."""
     numbers = compiled[target]["tuned_variants"]
     assert numbers[-1] == 2 * 2 + 3 + 2 + 1 + 1
     assert numbers[25:] == numbers[-1:] * 25

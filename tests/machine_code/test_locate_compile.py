@@ -94,7 +94,7 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
 
 
 def test_each_level_takes_two_launches_or_one(compiled: dict) -> None:
-    """Two to search in it, one to look up what is given."""
+    """Two search in it, one looks up what is given."""
     figures = compiled["sm_90"]["figures"]
     assert {x["launches"] for x in figures.values()} == {2}  # there are two levels
 

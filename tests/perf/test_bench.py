@@ -292,7 +292,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
 
 
 def found(what="times faster than a rival", least=4.0, reached=False):
-    """A goal as `verify` returns it."""
+    """Make a goal as `verify` returns it."""
     return {
         "what": what, "found": least, "bound": 5.0, "at_least": True, "reached": reached,
         "cell": "mid", "cells": 1,

@@ -161,7 +161,7 @@ def test_groups_have_the_lines_of_their_positives(groups):
 @pytest.mark.parametrize("few", [0, sort.SEARCH_BELOW])
 @pytest.mark.parametrize("module", [pairwise, breakpoints])
 def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
-    """Finite or not, in the counts and in the gradient, at negatives and positives."""
+    """They are finite or not, in the counts and in the gradient, at negatives and positives."""
     logits = torch.tensor([0.99, 1, 1.01, 1.5, 2, 3, 1, math.inf, 1.2] * 2, dtype=torch.float64)
     logits = (logits * LARGEST).where(torch.arange(18) < 9, -logits * LARGEST).to(dtype)
     targets = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1]]).tile(2).reshape(-1, 1, 1)
@@ -183,7 +183,7 @@ def test_logits_beyond_the_largest_tie(module, few, dtype, delta):
 
 @st.composite
 def thresholds(draw):
-    """Every threshold of the code: as it is, or so low that it is crossed."""
+    """Set every threshold of the code: as it is, or so low that it is crossed."""
     few = draw(st.sampled_from([0, 1, 30, 200, sort.SEARCH_BELOW]))
     return [
         mock.patch.multiple(
@@ -243,7 +243,7 @@ def cases(draw):
 @settings(max_examples=400, deadline=None)
 @given(case=cases(), crossed=thresholds())
 def test_breakpoints_equal_pairwise_on_both_sides_of_every_threshold(case, crossed):
-    """NFP and rank+ of the hard step to the bit; else to what pairwise rounds in float64."""
+    """NFP and rank+ of the hard step agree to the bit; the rest to pairwise's float64 rounding."""
     logits, targets, groups, delta, generator = case
     number = sum(level.numel() for level in logits)
     batch = batch_of(logits, targets, delta, groups)
@@ -317,7 +317,7 @@ def _equal_but_one(generator: torch.Generator, size: int) -> tuple[Tensor, int]:
     ],
 )
 def test_the_loss_of_ordinary_logits(draw, size, delta):
-    """At the sizes at which the table begins, on what a detector may well produce."""
+    """Sizes are those at which the table begins, logits what a detector may well produce."""
     for seed in range(12):
         logits, positives = draw(torch.Generator().manual_seed(seed), size)
         targets = (torch.arange(size) < positives).int()

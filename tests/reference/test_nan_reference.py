@@ -71,7 +71,7 @@ def batch(targets: str, place: str, sign: float, dtype: torch.dtype) -> tuple[Te
 @pytest.mark.parametrize(("targets", "place"), BATCHES)
 @pytest.mark.parametrize(("loss", "algorithm"), ALGORITHMS)
 def test_every_value_and_every_positive_is_nan(loss, targets, place, groups, algorithm):
-    """With padding too, which keeps its gradient of 0, and with NaN in a group of its own."""
+    """Padding, if there is any, keeps its gradient of 0; a NaN may be in a group of its own."""
     logits, marks = batch(targets, place, 1.0, torch.float32)
     given = {}
     if groups != "none":
@@ -121,7 +121,7 @@ def test_without_a_positive_nan_is_nothing(loss, algorithm):
 @pytest.mark.parametrize("few", [0, sort.SEARCH_BELOW])
 @pytest.mark.parametrize("place", PLACES)
 def test_nan_spoils_the_same_numbers(place, few, many, sign, dtype):
-    """A NaN among the positives all three, one among the negatives NFP; others are as before."""
+    """A NaN among the positives spoils all three, one among the negatives NFP; others stay."""
     logits, marks = batch("many", place, sign, dtype)
     levels, targets = [logits.reshape(4, 5, -1)], [marks.reshape(4, 5, -1)]
     values = torch.rand(int((marks == 1).sum()), dtype=torch.float64)

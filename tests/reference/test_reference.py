@@ -165,7 +165,7 @@ def test_logits_may_require_a_gradient(distribution):
 @settings(max_examples=2000, deadline=None)
 @given(levels())
 def test_breakpoints_equal_pairwise(case):
-    """Entry by entry to 1e-9 relative, whatever the regime; the truth is float64 pairwise."""
+    """They agree entry by entry to 1e-9 relative in any regime; the truth is float64 pairwise."""
     logits, targets, groups, delta, generator = case
     batch = batch_of(logits, targets, delta, groups)
     wide, size = widen(batch), batch.scores.numel()
@@ -278,7 +278,7 @@ def test_breakpoints_equal_pairwise_over_many_blocks(distribution, delta, monkey
 @pytest.mark.parametrize("per_logit", [False, True])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_parts_are_the_same_picked_or_whole(distribution, per_logit, grouped, many, monkeypatch):
-    """However a level is cut, with ignored NaN, 16-bit logits, places or classes last in memory."""
+    """It does not matter how a level is cut, with ignored NaN, 16-bit logits, any last axis."""
     logits, targets = detector_batch(distribution, 600, 20, 40)
     logits = logits.bfloat16().reshape(6, 100, 20).transpose(1, 2)  # (6, 20, 100), not contiguous
     targets = targets.reshape(6, 100)
@@ -356,7 +356,7 @@ def test_many_positives_among_a_million_logits():
 
 @pytest.mark.parametrize("distribution", ["mid", "late"])
 def test_memory_beyond_the_gradient_is_that_of_a_part(distribution):
-    """8 million logits, 32 MB: count and gradient take at most 24 MB more than the gradient."""
+    """Of 8 million logits, 32 MB, count and gradient take at most 24 MB more than the gradient."""
     cpu = torch.device("cpu")
     logits, targets = detector_batch(distribution, 100_000, 80, 1000)
     batch = to_batch(logits, targets)

@@ -64,7 +64,7 @@ def run_all(grouped: bool, delta: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize("delta", [0.0, 1.0])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_floats_are_added_in_a_fixed_order(grouped, delta, monkeypatch):
-    """Without an operator that torch tells of; and to the same as in a CPU's order."""
+    """No operator runs that torch tells of, and the sums are those in a CPU's order."""
     monkeypatch.setattr(sort, "SEARCH_BELOW", 0)
     monkeypatch.setattr(segments, "TABLE", 0)
     with InAnyOrder() as on_a_cpu:
@@ -79,7 +79,7 @@ def test_floats_are_added_in_a_fixed_order(grouped, delta, monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2, 100, 5000])
 def test_sums_by_place_are_those_of_a_bincount(number, monkeypatch):
-    """Entries at one place, at all, at some; places without any are 0."""
+    """Entries stand at one place, at all, or at some; places without any are 0."""
     for places in (1, 7, 300):
         x = torch.rand(number, dtype=torch.float64)
         place = torch.randint(places, (number,), dtype=torch.int32)

@@ -23,7 +23,9 @@ _PIECE = 1 << 22  # logits that are copied at a time where they do not fill thei
 
 @triton.jit
 def read_tile(values, tile, size, other, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
-    """A tile of values as they lie in memory, and how many of them are behind the end: `other`.
+    """Read a tile of values as they lie in memory; return it, and how many are behind the end.
+
+    Those read as `other`.
 
     It is a vector: as a matrix, Triton 3.6 deals it out so that neighbouring threads stand apart.
     ALIGNED: the values begin at a multiple of 16 bytes, and may be read so many at a time.
@@ -43,7 +45,7 @@ def read_tile(values, tile, size, other, ALIGNED: tl.constexpr, NUMBER: tl.const
 
 @triton.jit
 def write_tile(values, tile, behind, written, ALIGNED: tl.constexpr, NUMBER: tl.constexpr):
-    """Writes a tile where `read_tile` has read one."""
+    """Write a tile where `read_tile` has read one."""
     values += tl.cast(tile, tl.int64) * NUMBER
     if ALIGNED:
         values = tl.multiple_of(values, 16)
@@ -75,13 +77,13 @@ def segment_of_tile(segments, extent, tile, size, NUMBER: tl.constexpr):
 
 @triton.jit
 def read_segments(segments, extent, origin, behind, NUMBER: tl.constexpr):
-    """The segment of each logit of a tile; behind the end, that of the last one."""
+    """Read the segment of each logit of a tile; behind the end, that of the last one."""
     local = tl.minimum(tl.arange(0, NUMBER), NUMBER - 1 - behind)
     return read_groups(segments, origin, places_of(local, origin, extent), 2)
 
 
 def lay_out_segments(logits: Tensor, segments: Tensor | None) -> dict[str, Any]:
-    """Arguments by which a kernel tells the segment of a logit from its place in memory.
+    """Return arguments by which a kernel tells the segment of a logit from its place in memory.
 
     Args:
         logits: (B, C, M), which fill a stretch of memory.
@@ -106,19 +108,19 @@ def lay_out_segments(logits: Tensor, segments: Tensor | None) -> dict[str, Any]:
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    """Whether all begin at a multiple of 16 bytes."""
+    """Return whether all begin at a multiple of 16 bytes."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 @triton.jit
 def pattern_of(scores):
-    """The bits of 16-bit logits as a number from 0 to 65,535."""
+    """Return the bits of 16-bit logits as a number from 0 to 65,535."""
     return scores.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def pattern_scores(logits, BLOCK: tl.constexpr):
-    """A block of all bit patterns of 16-bit logits, as a score."""
+    """Return a block of all bit patterns of 16-bit logits, as a score."""
     pattern = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = logits.dtype.element_ty
     return pattern, pattern.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
@@ -180,14 +182,14 @@ def have_patterns(logits: Sequence[Tensor], segments: Any) -> bool:
 
 
 def pieces_of(logits: Tensor) -> int:
-    """How many pieces a level is read in, at most; see `pieces`."""
+    """Return how many pieces a level is read in, at most; see `pieces`."""
     return 2 + 3 * logits.numel() // _PIECE
 
 
 def pieces(
     logits: Tensor, targets: Tensor, segments: Tensor | None, out: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """A level as it is if it fills a stretch of memory, else copies of its pieces, in turn.
+    """Yield a level as it is if it fills a stretch of memory, else copies of its pieces.
 
     Yields:
         logits, which fill a stretch of memory; targets, which lie beside them if there is one for

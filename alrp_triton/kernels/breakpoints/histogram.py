@@ -67,7 +67,9 @@ class Packing(NamedTuple):
 
 
 def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
-    """As many bits as fit: both fields of a bin hold what its replica can get, added or taken away.
+    """Pack as many bits as fit.
+
+    Both fields of a bin hold what its replica of the histogram can get, added or taken away.
 
     Args:
         logits: N, of all levels.
@@ -86,7 +88,7 @@ def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
 
 
 def pack_levels(logits: Sequence[Tensor], intervals: int, tiles: BreakpointTiles) -> Packing:
-    """For a call.
+    """Choose the packing for a call.
 
     Lanes go to the replicas in turn, so that of what is added a replica gets more than its share by
     two columns of a tile at most, in each piece that is read at once. What is taken away goes to
@@ -108,14 +110,14 @@ class Packed(NamedTuple):
 
 @triton.jit
 def _distance(scores, found, keys, scale, most):
-    """How far scores stand above the breakpoint before them, in units, rounded."""
+    """Return how far scores stand above the breakpoint before them, in units, rounded."""
     distance = scores - tl.load((keys - 1) + found)
     return tl.minimum(tl.fma(distance, scale, 0.5), most).to(tl.int32).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _add(bins, found, replica, scores, mask, SIGN: tl.constexpr, keys, packing):
-    """Adds scores to the bins of their intervals, or takes them away again."""
+    """Add scores to the bins of their intervals, or take them away again."""
     replicas, shift, scale, most, breakpoints = packing
     if scores.dtype == tl.float64:
         distance = tl.minimum((scores - tl.load((keys - 1) + found)) * scale, most)
@@ -136,7 +138,7 @@ def _add(bins, found, replica, scores, mask, SIGN: tl.constexpr, keys, packing):
 def _add_together(
     bins, found, tile, scores, mask, keys, packing, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
-    """Adds a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
+    """Add a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
     replicas, shift, scale, most, _ = packing
     distance = _distance(scores, found, keys, scale, most)
     distance = tl.reshape(tl.where(mask, distance, 0), (ROWS, LANES))
@@ -149,7 +151,10 @@ def _add_together(
 
 @triton.jit
 def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Of a tile whose places behind the end read as NaN; with targets, among the negatives."""
+    """Count the NaN of a tile, whose places behind the end read as NaN.
+
+    With targets, count those among the negatives.
+    """
     nan = s != s
     if targets is not None:
         nan = nan & (read_tile(targets, tile, size, 1.0, False, ROWS * LANES)[0] == 0)
@@ -159,7 +164,7 @@ def _number_of_nan(s, behind, targets, tile, size, ROWS: tl.constexpr, LANES: tl
 
 @triton.jit
 def _lane(ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The lane of each place of a tile."""
+    """Return the lane of each place of a tile."""
     return tl.arange(0, ROWS * LANES) & (LANES - 1)
 
 
@@ -178,7 +183,7 @@ def _count_tile(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of a tile that lies on one segment."""
+    """Add the negatives of a tile that lies on one segment."""
     raw, s, highest = scores
     lowest, keys = limits.lowest, look_up.keys
 
@@ -221,7 +226,7 @@ def _count_across_segments(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Adds the negatives of a tile, each on a segment of its own."""
+    """Add the negatives of a tile, each on a segment of its own."""
     negative = s >= limits.lowest
     if targets is not None:
         of_tile, _ = read_tile(targets, tile, size, 1.0, False, ROWS * LANES)
@@ -418,7 +423,7 @@ def _pattern_sums_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Looks up each bit pattern that has been counted."""
+    """Look up each bit pattern that has been counted."""
     pattern, s = pattern_scores(logits, BLOCK)
     limits = read_limits(limits, 0)
     look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
@@ -450,7 +455,7 @@ def _fold_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Puts the replicas of the bins together."""
+    """Sum the replicas of the histogram, bin by bin."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < breakpoints
     unit = real(unit_bits, tl.float64)

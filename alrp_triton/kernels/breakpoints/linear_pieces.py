@@ -55,7 +55,7 @@ def _slopes_kernel(
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Each positive lays weights(i) / (2 delta) on its window, or a step of weights(i)."""
+    """Lay weights(i) / (2 delta) on the window of each positive, or a step of weights(i)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
     delta = real(delta_bits, tl.float64)
@@ -85,7 +85,7 @@ def _linear_pieces_kernel(
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """The gradient as a linear piece behind each rounded breakpoint."""
+    """Make the gradient a linear piece behind each rounded breakpoint."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < breakpoints
     # 0, or NaN if any weight is not finite: that reaches every logit, since 0 times it is NaN.
@@ -108,7 +108,7 @@ def _linear_pieces_kernel(
 
 @triton.jit
 def _write_piece(linear_pieces, place, value, slope, breakpoints, mask):
-    """Value and slope side by side: as 32 bits each they are read at once."""
+    """Write value and slope side by side: as 32 bits each they are read at once."""
     if linear_pieces.dtype.element_ty == tl.int64:
         value = value.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         # Where a positive's only negative is barely within reach, its slope may overflow. What the
@@ -122,7 +122,7 @@ def _write_piece(linear_pieces, place, value, slope, breakpoints, mask):
 
 @triton.jit
 def _read_piece(linear_pieces, place, breakpoints):
-    """(value, slope) that `_write_piece` has written."""
+    """Read (value, slope) that `_write_piece` has written."""
     if linear_pieces.dtype.element_ty == tl.int64:
         piece = tl.load(linear_pieces + place)
         value = piece.to(tl.int32).to(tl.float32, bitcast=True)
@@ -133,7 +133,7 @@ def _read_piece(linear_pieces, place, breakpoints):
 
 @triton.jit
 def _evaluate(s, segment, limits, look_up, linear_pieces, breakpoints):
-    """The gradient at scores that may be anything; a NaN gets what one relevant to nobody gets."""
+    """Return the gradient at any scores; a NaN gets what one relevant to nobody gets."""
     inner = within(s, limits)
     found = find(inner, segment, limits, look_up)
     value, slope = _read_piece(linear_pieces, found, breakpoints)
@@ -155,7 +155,7 @@ def _pattern_gradient_kernel(
     breakpoints,
     BLOCK: tl.constexpr,
 ):
-    """Evaluates the gradient at every 16-bit logit there is."""
+    """Evaluate the gradient at every 16-bit logit there is."""
     pattern, s = pattern_scores(logits, BLOCK)
     look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
     ordered = tl.where(s == s, s, 0.0)
@@ -166,7 +166,7 @@ def _pattern_gradient_kernel(
 
 @triton.jit
 def _gradient_of_tile(s, highest, segment, limits, look_up, linear_pieces, breakpoints):
-    """The gradient at a tile of scores that lies on one segment; NaN is left to others."""
+    """Return the gradient at a tile of scores on one segment; NaN is left to others."""
     g = tl.zeros(s.shape, s.dtype) + _read_piece(linear_pieces, 0, breakpoints)[0]
     if (highest >= limits.lowest) | (highest != highest):
         g = _evaluate(s, segment, limits, look_up, linear_pieces, breakpoints)
@@ -200,7 +200,7 @@ def _gradient_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One tile of a level: dL/ds_j = sum_i weights(i) H(x_ij) (Eq. 5), as if all were negatives."""
+    """Write one tile: dL/ds_j = sum_i weights(i) H(x_ij) (Eq. 5), as if all were negatives."""
     dtype: tl.constexpr = keys.dtype.element_ty
     tile = tl.program_id(0)
     raw, behind = read_tile(logits, tile, size, 0.0, ALIGNED, ROWS * LANES)
@@ -325,7 +325,7 @@ def write_gradient(
 def _linear_pieces(
     breakpoints: Breakpoints, weights: Tensor, delta: float, tiles: BreakpointTiles
 ) -> Tensor:
-    """The gradient's value and slope behind each breakpoint, see `_linear_pieces_kernel`."""
+    """Return the gradient's value and slope behind each breakpoint, see `_linear_pieces_kernel`."""
     number = breakpoints.high.numel()
     jump = breakpoints.high.new_empty((1, number))
     _slopes_kernel[(triton.cdiv(number // 2, tiles.block),)](

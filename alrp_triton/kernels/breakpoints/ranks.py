@@ -76,7 +76,7 @@ def _points_kernel(
 
 @triton.jit
 def _store_column(out, at, column, positives, mask):
-    """Three numbers at each of some points, of (3, 3P)."""
+    """Store three numbers at each of some points, of (3, 3P)."""
     for row in tl.static_range(3):
         tl.store(out + row * 3 * positives + at, column[row], mask=mask)
 
@@ -99,7 +99,7 @@ def _finish_kernel(
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """A positive's sum over H is the mean over its window of how many lie at or above."""
+    """Sum a positive's H: it is the mean over its window of how many lie at or above."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
     delta = real(delta_bits, tl.float64)

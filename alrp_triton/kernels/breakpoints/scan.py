@@ -31,7 +31,7 @@ _GROUPED_WARPS = 8  # where segments begin is in registers too
 
 @triton.jit
 def _add(fresh_1, sum_1, fresh_2, sum_2):
-    """For tl.associative_scan: sums that start anew at each fresh place."""
+    """Add sums that start anew at each fresh place, for tl.associative_scan."""
     return fresh_1 | fresh_2, tl.where(fresh_2 > 0, sum_2, sum_1 + sum_2)
 
 
@@ -46,7 +46,7 @@ def _running(u, fresh):
 
 @triton.jit
 def _begun(fresh, x):
-    """x, the same for all of a stretch, up to where a segment begins; 0 from there on."""
+    """Return x, the same for a whole stretch, up to where a segment begins; 0 from there on."""
     if fresh is None:
         return x
     else:
@@ -55,7 +55,7 @@ def _begun(fresh, x):
 
 @triton.jit
 def _tail(fresh, x):
-    """The sum of a stretch from where the last segment begins in it."""
+    """Return the sum of a stretch from where the last segment begins in it."""
     if fresh is None:
         return tl.sum(x, 0)
     else:
@@ -66,7 +66,7 @@ def _tail(fresh, x):
 
 @triton.jit
 def _fresh(bounds, p, points, each, BACKWARD: tl.constexpr):
-    """1 where a segment begins, in the order of the sums."""
+    """Return 1 where a segment begins, in the order of the sums."""
     mask = p < points
     at = points - 1 - p if BACKWARD else p
     bound = tl.load(bounds + at // each, mask=mask, other=-1) * each
@@ -76,7 +76,7 @@ def _fresh(bounds, p, points, each, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _read(jump, addend, high, low, windows, points, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """A stretch: where its points are in memory, their jumps, distances, and what is added."""
+    """Read a stretch: where its points are in memory, their jumps, distances, and what is added."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = p < points
     # Backward, a point's distance is to the one that follows it in memory.
@@ -114,7 +114,7 @@ def _stretch_kernel(
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each stretch as if it were alone; of the last segment that begins in it, if one does."""
+    """Sum each stretch as if it were alone, or the last segment that begins in it, if one does."""
     _, _, u, distance, extra = _read(jump, addend, high, low, windows, points, BACKWARD, BLOCK)
     fresh = None
     if bounds is not None:
@@ -130,7 +130,7 @@ def _stretch_kernel(
 
 @triton.jit
 def _before_stretch(sums, begun, stretches, this, BEFORE: tl.constexpr):
-    """(u, I) of all that lies before a stretch and on the segment that it begins with."""
+    """Return (u, I) of all that lies before a stretch and on the segment that it begins with."""
     total = tl.zeros((), tl.float64)
     area = tl.zeros((), tl.float64)
     for first in range(0, this, BEFORE):
@@ -168,7 +168,7 @@ def _integral_kernel(
     BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    """Adds to each stretch what lies before it."""
+    """Add to each stretch what lies before it."""
     sums += tl.cast(tl.program_id(1), tl.int64) * 3 * stretches
     total, area = _before_stretch(sums, begun, stretches, tl.program_id(0), BEFORE)
     at, mask, u, distance, extra = _read(jump, addend, high, low, windows, points, BACKWARD, BLOCK)
@@ -192,7 +192,7 @@ def integrate(
     each: int,
     backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The running sum, each point's own jump included, and the integral up to each point.
+    """Return the prefix sum, each point's own jump included, and the integral up to each point.
 
     Args:
         jump: (sums, points) float64; several sums share the points.

@@ -60,7 +60,7 @@ class LookUp(NamedTuple):
 
 @triton.jit
 def add_exactly(a, b):
-    """a + b as high + low, exactly (Knuth's two-sum); an infinite a stays as it is."""
+    """Return a + b as high + low, exactly (Knuth's two-sum); an infinite a stays as it is."""
     high = a + b
     moved = high - a
     low = (a - (high - moved)) + (b - moved)
@@ -69,7 +69,7 @@ def add_exactly(a, b):
 
 @triton.jit
 def _round_up(high, low, dtype: tl.constexpr):
-    """The smallest number of a dtype that is not below high + low."""
+    """Return the smallest number of a dtype that is not below high + low."""
     key = high.to(dtype)
     wide = key.to(tl.float64)
     short = (wide < high) | ((wide == high) & (low > 0.0))
@@ -80,7 +80,7 @@ def _round_up(high, low, dtype: tl.constexpr):
 
 @triton.jit
 def bounds_of(starts, ends, i, positives):
-    """The segment of the positive in place i of the sorted ones: from where to where it reaches."""
+    """Return from where to where the segment of the positive in place i of the sorted reaches."""
     start, end = i * 0, i * 0 + positives
     if ends is not None:
         start = tl.load(starts + i, mask=i < positives, other=0)
@@ -123,7 +123,7 @@ def _merge_kernel(
     delta_bits: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Places the two breakpoints of each positive by counting what stands before them."""
+    """Place the two breakpoints of each positive by counting what stands before them."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < positives
     _write_rest(keys + 2 * positives, limits + 4 * positives, i, positives, steps)
@@ -219,7 +219,7 @@ def _cell_bits(scores, limits):
 
 @triton.jit
 def _bits_before(dtype: tl.constexpr):
-    """The bits of the cell 0."""
+    """Return the bits of the cell 0."""
     if dtype == tl.float64:
         return 0x4330000000000000
     else:
@@ -235,7 +235,7 @@ def read_limits(limits, segment):
 
 @triton.jit
 def within(scores, limits):
-    """Scores that lie beyond the first or the last breakpoint moved there."""
+    """Move scores that lie beyond the first or the last breakpoint there."""
     return tl.minimum(tl.maximum(scores, limits.first), limits.last)
 
 
@@ -252,7 +252,7 @@ def _table_kernel(
     cells,
     BLOCK: tl.constexpr,
 ):
-    """Tells each cell of a segment its first breakpoint."""
+    """Tell each cell of a segment its first breakpoint."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     segment, behind = bounds_of(starts, ends, at // cells, positives)
     limits = read_limits(limits, segment)
@@ -288,7 +288,7 @@ def _table_kernel(
 
 @triton.jit
 def find(scores, segment, limits, look_up):
-    """How many breakpoints are not above each score, of its segment and of all segments before it.
+    """Count the breakpoints not above each score, of its segment and of all before it.
 
     Args:
         scores: between the first and the last breakpoint of their segment.
@@ -342,7 +342,7 @@ class Breakpoints(NamedTuple):
 def sort_breakpoints(
     scores: Tensor, delta: float, positive_segments: Tensor | None = None
 ) -> Breakpoints:
-    """Sorts the breakpoints of P > 0 positives; nothing waits for the device.
+    """Sort the breakpoints of P > 0 positives; nothing waits for the device.
 
     Args:
         scores: (P,) finite scores, -inf for padding.

@@ -77,7 +77,7 @@ class BreakpointTiles(NamedTuple):
     count_rows: int = 16
     gradient_rows: int = 32
     programs: int = 1 << 14  # at most so many share the tiles of a level
-    block: int = 128  # positives, edges or anchors of a program
+    block: int = 128  # positives, breakpoints or anchors of a program
     patterns: int = 512  # of the bits of 16-bit logits, of a program
 
     def check(self) -> None:

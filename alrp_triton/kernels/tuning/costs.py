@@ -21,11 +21,11 @@ class PairwiseCosts(NamedTuple):
 
     @staticmethod
     def terms(positives: int, logits: int) -> tuple[int, ...]:
-        """How much a call has of what is priced."""
+        """Return how much a call has of what is priced."""
         return 1, logits, positives * logits, positives * positives
 
     def seconds(self, positives: int, logits: int) -> float:
-        """Of a call of P positives and N logits."""
+        """Return the seconds of a call of P positives and N logits."""
         return _sum_up(self, self.terms(positives, logits))
 
 
@@ -34,15 +34,15 @@ class BreakpointCosts(NamedTuple):
 
     call: float
     logit: float  # a look-up, and another in backward
-    positive: float  # two edges to sort and to sum along
+    positive: float  # two breakpoints to sort and to sum along
 
     @staticmethod
     def terms(positives: int, logits: int) -> tuple[int, ...]:
-        """How much a call has of what is priced."""
+        """Return how much a call has of what is priced."""
         return 1, logits, positives
 
     def seconds(self, positives: int, logits: int) -> float:
-        """Of a call of P positives and N logits."""
+        """Return the seconds of a call of P positives and N logits."""
         return _sum_up(self, self.terms(positives, logits))
 
 
@@ -53,14 +53,14 @@ class Costs(NamedTuple):
     breakpoints: BreakpointCosts
 
     def choose(self, positives: int, logits: int) -> str:
-        """The cheaper algorithm for P positives (padding too, since the host knows no better)."""
+        """Return the cheaper algorithm for P positives (padding too: the host knows no better)."""
         pairwise = self.pairwise.seconds(positives, logits)
         breakpoints = self.breakpoints.seconds(positives, logits)
         return "pairwise" if pairwise <= breakpoints else "breakpoints"
 
 
 def default_costs(dtype: torch.dtype) -> Costs:
-    """For logits of a dtype on an unknown GPU: estimates, not measured.
+    """Return costs for logits of a dtype on an unknown GPU: estimates, not measured.
 
     From the instructions that the kernels compile to on sm_90 (4.8 a pair; 105 a float32 logit, 35
     a 16-bit one, rounded up; 130 a float64 pair, which has no short way), at the rate of an H200,

@@ -72,7 +72,7 @@ def kind_of(batch: Batch) -> tuple[torch.dtype, int, int]:
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype, positives: int, logits: int) -> Tiles:
-    """The sizes of the pairwise kernels for a call of P positives (padding too) and N logits.
+    """Return the pairwise kernels' sizes for a call of P positives (padding too) and N logits.
 
     Raises:
         ValueError: if the file for this GPU is not as described above, or ALRP_TRITON_TILES names
@@ -85,18 +85,18 @@ def tiles_for(device: torch.device, dtype: torch.dtype, positives: int, logits: 
 def breakpoint_tiles_for(
     device: torch.device, dtype: torch.dtype, positives: int, logits: int
 ) -> BreakpointTiles:
-    """The same of the breakpoint kernels."""
+    """Return the breakpoint kernels' sizes for such a call; raise as `tiles_for` does."""
     default = defaults_for(device, dtype).breakpoints
     return choose(_of_device(device).breakpoints, default, dtype, positives, logits)
 
 
 def costs_for(device: torch.device, dtype: torch.dtype) -> Costs:
-    """What a call costs that has logits of a dtype; raises as `tiles_for` does."""
+    """Return what a call costs that has logits of a dtype; raise as `tiles_for` does."""
     return _of_device(device).costs.get(dtype_class(dtype)) or default_costs(dtype)
 
 
 def defaults_for(device: torch.device, dtype: torch.dtype) -> Defaults:
-    """By what a GPU tells of itself; for the interpreter, those of an NVIDIA one."""
+    """Return the defaults by what a GPU tells of itself; for the interpreter, an NVIDIA one's."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         lanes, major = properties.warp_size, properties.major
@@ -107,12 +107,12 @@ def defaults_for(device: torch.device, dtype: torch.dtype) -> Defaults:
 
 
 def file_name(gpu: str) -> str:
-    """Of the file for a GPU: NVIDIA-H200.json."""
+    """Return the name of the file for a GPU: NVIDIA-H200.json."""
     return re.sub(r"[^A-Za-z0-9.+]+", "-", gpu).strip("-") + ".json"
 
 
 def find_file(gpu: str, folder: str | None) -> Path | None:
-    """The user's file for a GPU, or that shipped, or None."""
+    """Return the user's file for a GPU, or that shipped, or None."""
     folders = [Path(folder)] if folder else []
     for place in [*folders, Path(__file__).parents[1] / "tiles"]:
         if os.path.lexists(path := place / file_name(gpu)):
@@ -121,7 +121,7 @@ def find_file(gpu: str, folder: str | None) -> Path | None:
 
 
 def forget() -> None:
-    """Reads the files again at the next call; for whoever has just written one."""
+    """Read the files again at the next call; for whoever has just written one."""
     _of_gpu.cache_clear()
 
 
@@ -146,7 +146,7 @@ def _of_gpu(gpu: str, defaults: Defaults, folder: str | None) -> Tuned:
 
 
 def read_file(path: Path, defaults: Defaults) -> Tuned:
-    """What a file holds; a size that an entry leaves out is the default.
+    """Read a file; a size that an entry leaves out is the default.
 
     Raises:
         ValueError: naming the file and the place in it, if it is broken, holds what nobody reads,
@@ -162,7 +162,7 @@ def read_file(path: Path, defaults: Defaults) -> Tuned:
 
 
 def parse(content: Any, defaults: Defaults) -> Tuned:
-    """The same of a file's content; its errors name the place alone."""
+    """Read the content of such a file; its errors name the place alone."""
     _expect(content, optional=("machine", "date", "pairwise", "breakpoints", "costs"))
     return Tuned(
         _entries(content, "pairwise", defaults.pairwise),
@@ -234,7 +234,7 @@ def _expect_dtype(dtype: Any) -> None:
 
 
 def _expect(given: Any, required: Iterable[str] = (), optional: Iterable[str] = ()) -> None:
-    """Raises ValueError unless this is an object with these entries."""
+    """Raise ValueError unless this is an object with these entries."""
     if not isinstance(given, dict):
         raise ValueError(f"expected an object, got {reprlib.repr(given)}")
     if missing := [name for name in required if name not in given]:
