@@ -302,9 +302,9 @@ def test_the_slack_of_a_replica_is_enough(shape: tuple[int, int], rows: int) -> 
 
 @triton.jit
 def _ignored_kernel(ignored, found, classes, classes_magic, BLOCK: tl.constexpr):
-    given = dense.Anchors(None, BLOCK, classes, classes_magic, 1, (0, 0), -100)
-    lane = tl.arange(0, BLOCK)
-    order, number = dense.gather_ignored(tl.load(ignored + lane) != 0, BLOCK)
+    given = dense.Anchors(None, (0, 0), BLOCK, 1, 0, classes, classes_magic, -100)
+    mask = tl.load(ignored + tl.arange(0, BLOCK)) != 0
+    order, number = dense.gather_ignored(mask, BLOCK), tl.sum(mask.to(tl.int32), 0)
     for first in range(0, number * classes, BLOCK):
         anchor, channel, mask = dense.ignored_logits(order, number, first, given, BLOCK)
         tl.atomic_add(found + anchor * classes + channel, 1, mask=mask)

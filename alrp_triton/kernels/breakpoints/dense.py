@@ -129,37 +129,45 @@ def pattern_scores(logits, BLOCK: tl.constexpr):
 class Anchors(NamedTuple):
     """The anchors of a level of class indices, as kernels hand them on: see `strided`."""
 
-    targets: Any  # (batch, places)
-    number: Any
-    classes: Any
-    classes_magic: Any  # what `language.divide` divides by
+    targets: Any  # (rows, places)
+    strides: Any  # of these
     places: Any
-    strides: Any  # (row, place) of the targets
+    blocks: Any  # of a row
+    blocks_magic: Any  # what `language.divide` divides by; so is the next
+    classes: Any
+    classes_magic: Any
     ignore_index: Any
 
 
 @triton.jit
 def read_anchors(anchors, block, BLOCK: tl.constexpr):
-    """Read a block of anchors: (row, place, class index, which are positive, which are ignored)."""
-    start = tl.cast(block, tl.int64) * BLOCK
-    first = start // anchors.places
-    place = (start - first * anchors.places).to(tl.int32) + tl.arange(0, BLOCK)
-    rows = place // anchors.places
-    row, place = first + rows, (place - rows * anchors.places).to(tl.int64)
-    mask = start + tl.arange(0, BLOCK) < anchors.number
+    """Read a block of anchors of one row.
+
+    Returns (row, place of the first; class index of each, which are positive, which are ignored).
+    """
+    row, block = divide(tl.cast(block, tl.uint32), anchors.blocks, anchors.blocks_magic)
+    row, first = row.to(tl.int64), block.to(tl.int64) * BLOCK
+    place = first + tl.arange(0, BLOCK)
     at = anchors.targets + row * anchors.strides[0] + place * anchors.strides[1]
-    channel = tl.load(at, mask=mask, other=0).to(tl.int64)
-    ignored = mask & (channel == anchors.ignore_index)
-    positive = mask & (channel >= 0) & (channel < anchors.classes) & ~ignored
-    return row, place, channel, positive, ignored
+    channel = tl.load(at, mask=place < anchors.places, other=-1).to(tl.int64)
+    ignored = (place < anchors.places) & (channel == anchors.ignore_index)
+    positive = (channel >= 0) & (channel < anchors.classes) & ~ignored
+    return row, first, channel, positive, ignored
 
 
 @triton.jit
 def gather_ignored(ignored, BLOCK: tl.constexpr):
-    """Return where in a block the ignored anchors stand, in front of all else; and their number."""
-    lane = tl.arange(0, BLOCK)
-    number = tl.sum(ignored.to(tl.int32), 0)
-    return tl.sort(tl.where(ignored, lane, BLOCK - 1)), number
+    """Return where in a block its ignored anchors stand, one after the other, on the first lanes.
+
+    Lane k searches for the anchor up to which there are k + 1.
+    """
+    upto = tl.cumsum(ignored.to(tl.int32), 0)
+    order = tl.zeros((BLOCK,), tl.int32)
+    for power in tl.static_range(10):
+        if (512 >> power) < BLOCK:
+            fewer = tl.gather(upto, order + ((512 >> power) - 1), 0) <= tl.arange(0, BLOCK)
+            order = tl.where(fewer, order + (512 >> power), order)
+    return order
 
 
 @triton.jit
@@ -198,8 +206,7 @@ def pieces(
     """
     beside = targets if targets.dim() == logits.dim() else logits
     dense = is_dense(logits) and is_dense(beside, logits) and (out is None or is_dense(out, logits))
-    told_apart = logits.shape[2:] if segments is None else logits.shape
-    if dense and max(told_apart) < _LONGEST:
+    if dense and (segments is None or max(logits.shape) < _LONGEST):
         yield logits, targets, segments, out
         return
     batch, classes, places = logits.shape
@@ -219,22 +226,40 @@ def pieces(
                 out[cut] = gradient
 
 
-def lay_out_anchors(logits: Tensor, targets: Tensor | None, ignore_index: int) -> dict[str, Any]:
-    """Return the arguments by which a kernel walks over the anchors of a level of class indices.
+def lay_out_anchors(
+    targets: Tensor, classes: int, ignore_index: int, block: int, **beside: Tensor | None
+) -> tuple[int, dict[str, Any]]:
+    """Lay the anchors of a level of class indices out in rows, one long row if all strides allow.
 
     Args:
-        logits: (B, C, M).
-        targets: (B, M); None of targets per logit, whose anchors nobody walks over.
+        targets: (B, M).
+        classes: C.
         ignore_index: of class indices.
+        block: how many anchors a program takes.
+        beside: (B, M) or (B, C, M) tensors by name, whose strides are needed too.
+
+    Returns:
+        How many blocks there are; and the arguments of a kernel, with two strides of each tensor.
     """
-    strides = (0, 0) if targets is None else targets.stride()
-    return {
+    rows, places = targets.shape
+    given = {"targets": targets, **beside}
+    strides = {
+        name: (0, 0) if x is None else (x.stride(0), x.stride(-1)) for name, x in given.items()
+    }
+    if places == 1:
+        rows, places = 1, rows
+        strides = {name: (0, row) for name, (row, _) in strides.items()}
+    elif all(row == places * place for row, place in strides.values()):
+        rows, places = 1, rows * places
+    blocks = max(1, triton.cdiv(places, block))
+    return rows * blocks, {
         "anchor_targets": targets,
-        "anchors": 0 if targets is None else targets.numel(),
-        "classes": logits.shape[1],
-        "classes_magic": magic_of(logits.shape[1]),
-        "places": logits.shape[2],
-        "targets_0": strides[0],
-        "targets_1": strides[1],
+        "places": places,
+        "row_blocks": blocks,
+        "row_blocks_magic": magic_of(blocks),
+        "classes": classes,
+        "classes_magic": magic_of(max(1, classes)),
         "ignore_index": ignore_index,
+        **{f"{name}_row": row for name, (row, _) in strides.items()},
+        **{f"{name}_place": place for name, (_, place) in strides.items()},
     }

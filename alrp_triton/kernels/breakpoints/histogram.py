@@ -314,25 +314,28 @@ def _remove_anchors(
     share.
     """
     logits, strides = level
-    row, place, channel, positive, ignored = read_anchors(anchors, block, BLOCK)
-    number = block * BLOCK + tl.arange(0, BLOCK)  # may overflow: what counts are its last bits
-    at = logits + row * strides.outer + place * strides.inner
+    row, start, channel, positive, ignored = read_anchors(anchors, block, BLOCK)
+    logits += row * strides.outer + start * strides.inner
+    lane = tl.arange(0, BLOCK)
+    # Of numbers that may overflow: the last bits are what counts.
+    number = (row * anchors.places + start).to(tl.int32)
     segment = tl.zeros((BLOCK,), tl.int32)
     if groups.base is not None:
-        of_anchor = groups.base + row * groups.strides[0] + place * groups.strides[1]
-        segment = tl.load(of_anchor, mask=positive | ignored, other=0)
+        base = groups.base + row * groups.strides[0] + start * groups.strides[1]
+        segment = tl.load(base + lane * groups.strides[1], mask=positive | ignored, other=0)
     if tl.max(positive.to(tl.int32), 0) > 0:
-        replica = number * anchors.classes + channel.to(tl.int32)
-        here = at + channel * strides.middle
+        replica = (number + lane) * anchors.classes + channel.to(tl.int32)
+        here = logits + channel * strides.middle + lane * strides.inner
         _remove(here, segment, replica, positive, out, limits, look_up, packing)
-    order, many = gather_ignored(ignored, BLOCK)
-    for first in range(0, many * anchors.classes, BLOCK):
-        anchor, channel, mask = ignored_logits(order, many, first, anchors, BLOCK)
-        here = logits + tl.gather(row, anchor, 0) * strides.outer + channel * strides.middle
-        here += tl.gather(place, anchor, 0) * strides.inner
-        replica = (block * BLOCK + anchor) * anchors.classes + channel.to(tl.int32)
-        theirs = tl.gather(segment, anchor, 0)
-        _remove(here, theirs, replica, mask, out, limits, look_up, packing)
+    many = tl.sum(ignored.to(tl.int32), 0)
+    if many > 0:
+        order = gather_ignored(ignored, BLOCK)
+        for first in range(0, many * anchors.classes, BLOCK):
+            anchor, channel, mask = ignored_logits(order, many, first, anchors, BLOCK)
+            here = logits + channel * strides.middle + anchor * strides.inner
+            replica = (number + anchor) * anchors.classes + channel.to(tl.int32)
+            theirs = tl.gather(segment, anchor, 0)
+            _remove(here, theirs, replica, mask, out, limits, look_up, packing)
 
 
 @jit
@@ -358,18 +361,19 @@ def _count_kernel(
     inner,
     middle_magic: tl.int64,
     inner_magic: tl.int64,
-    anchors: tl.int64,
+    places: tl.int64,
+    row_blocks,
+    row_blocks_magic: tl.int64,
     classes,
     classes_magic: tl.int64,
-    places,
-    logits_0: tl.int64,
-    logits_1: tl.int64,
-    logits_2: tl.int64,
-    targets_0: tl.int64,
-    targets_1: tl.int64,
-    anchor_segments_0: tl.int64,
-    anchor_segments_1: tl.int64,
     ignore_index,
+    targets_row: tl.int64,
+    targets_place: tl.int64,
+    logits_row: tl.int64,
+    logits_class: tl.int64,
+    logits_place: tl.int64,
+    segments_row: tl.int64,
+    segments_place: tl.int64,
     cells,
     replicas,
     shift,
@@ -396,13 +400,13 @@ def _count_kernel(
         level, out = (logits, targets, size), (bins, patterns, unordered)
         _count_tiles(level, groups, extent, out, limits, look_up, packing, programs, ROWS, LANES)
     elif anchor_targets is not None:
-        of_targets = targets_0, targets_1
         given = Anchors(
-            anchor_targets, anchors, classes, classes_magic, places, of_targets, ignore_index
-        )
-        of_anchors = Groups(segments, (anchor_segments_0, anchor_segments_1))
-        strided, less = (logits, Axes(logits_0, logits_1, logits_2)), (bins, unordered)
-        block = program - programs
+            anchor_targets, (targets_row, targets_place), places, row_blocks, row_blocks_magic,
+            classes, classes_magic, ignore_index,
+        )  # fmt: skip
+        of_anchors = Groups(segments, (segments_row, segments_place))
+        strided = logits, Axes(logits_row, logits_class, logits_place)
+        block, less = program - programs, (bins, unordered)
         _remove_anchors(given, block, strided, of_anchors, less, limits, look_up, packing, LANES)
 
 
@@ -492,16 +496,16 @@ def _fold_kernel(
 
 
 def _of_anchors(
-    logits: Tensor, targets: Tensor, segments: Tensor | None, ignore_index: int
-) -> dict[str, Any]:
-    """Return the arguments by which anchors are taken out; nothing is, of targets per logit."""
-    strides = logits.stride()
-    arguments = {f"logits_{axis}": strides[axis] for axis in range(3)}
-    of_segments = (0, 0) if segments is None else segments.stride()[:2]
-    arguments |= {f"anchor_segments_{axis}": of_segments[axis] for axis in range(2)}
+    logits: Tensor, targets: Tensor, segments: Tensor | None, ignore_index: int, block: int
+) -> tuple[int, dict[str, Any]]:
+    """Return how many blocks of anchors are taken out, and the arguments by which they are."""
     if targets.dim() == logits.dim():
-        return arguments | lay_out_anchors(logits, None, ignore_index)
-    return arguments | lay_out_anchors(logits, targets, ignore_index)
+        nobody = targets.new_empty((0, 1), device="meta")
+        _, arguments = lay_out_anchors(nobody, 1, 0, block, logits=None, segments=None)
+        return 0, {**arguments, "anchor_targets": None, "logits_class": 0}
+    beside = {"logits": logits, "segments": segments}
+    blocks, arguments = lay_out_anchors(targets, logits.shape[1], ignore_index, block, **beside)
+    return blocks, {**arguments, "logits_class": logits.stride(1)}
 
 
 def count_negatives(
@@ -534,10 +538,10 @@ def count_negatives(
     for level, target, of_level in by_level(batch, segments):
         for piece, beside, segment, _ in pieces(level, target, of_level) if level.numel() else ():
             programs = min(triton.cdiv(piece.numel(), tile), tiles.programs)
-            anchors = _of_anchors(piece, beside, segment, batch.ignore_index)
-            _count_kernel[(programs + triton.cdiv(anchors["anchors"], tiles.lanes),)](
+            blocks, anchors = _of_anchors(piece, beside, segment, batch.ignore_index, tiles.lanes)
+            _count_kernel[(programs + blocks,)](
                 logits=piece,
-                targets=None if anchors["anchors"] else beside,
+                targets=beside if beside.dim() == piece.dim() else None,
                 patterns=patterns,
                 programs=programs,
                 size=piece.numel(),

@@ -238,31 +238,37 @@ def _gradient_kernel(
 
 @jit
 def _clear_kernel(
-    anchor_targets,  # (batch, places) class indices
-    out,  # (batch, classes, places), one level
-    anchors: tl.int64,
+    anchor_targets,  # (rows, places) class indices
+    out,  # (rows, classes, places), one level
+    places: tl.int64,
+    row_blocks,
+    row_blocks_magic: tl.int64,
     classes,
     classes_magic: tl.int64,
-    places,
-    out_0: tl.int64,
-    out_1: tl.int64,
-    out_2: tl.int64,
-    targets_0: tl.int64,
-    targets_1: tl.int64,
     ignore_index,
+    targets_row: tl.int64,
+    targets_place: tl.int64,
+    out_row: tl.int64,
+    out_class: tl.int64,
+    out_place: tl.int64,
     BLOCK: tl.constexpr,
 ):
     """Write 0 over what `_gradient_kernel` has taken for negatives and is none."""
-    strides = targets_0, targets_1
-    given = Anchors(anchor_targets, anchors, classes, classes_magic, places, strides, ignore_index)
-    row, place, channel, positive, ignored = read_anchors(given, tl.program_id(0), BLOCK)
+    given = Anchors(
+        anchor_targets, (targets_row, targets_place), places, row_blocks, row_blocks_magic,
+        classes, classes_magic, ignore_index,
+    )  # fmt: skip
+    row, start, channel, positive, ignored = read_anchors(given, tl.program_id(0), BLOCK)
+    out += row * out_row + start * out_place
     nothing = tl.zeros((BLOCK,), out.dtype.element_ty)
-    tl.store(out + row * out_0 + channel * out_1 + place * out_2, nothing, mask=positive)
-    order, number = gather_ignored(ignored, BLOCK)
-    for first in range(0, number * classes, BLOCK):
-        anchor, channel, mask = ignored_logits(order, number, first, given, BLOCK)
-        at = out + tl.gather(row, anchor, 0) * out_0 + channel * out_1
-        tl.store(at + tl.gather(place, anchor, 0) * out_2, nothing, mask=mask)
+    at = out + channel * out_class + tl.arange(0, BLOCK) * out_place
+    tl.store(at, nothing, mask=positive)
+    number = tl.sum(ignored.to(tl.int32), 0)
+    if number > 0:
+        order = gather_ignored(ignored, BLOCK)
+        for first in range(0, number * classes, BLOCK):
+            anchor, channel, mask = ignored_logits(order, number, first, given, BLOCK)
+            tl.store(out + channel * out_class + anchor * out_place, nothing, mask=mask)
 
 
 def write_gradient(
@@ -311,14 +317,14 @@ def write_gradient(
                 **breakpoints.look_up,
             )
             if not per_logit:
-                _clear_kernel[(triton.cdiv(beside.numel(), tiles.lanes),)](
+                classes, ignored = piece.shape[1], batch.ignore_index
+                blocks, anchors = lay_out_anchors(beside, classes, ignored, tiles.lanes, out=slot)
+                _clear_kernel[(blocks,)](
                     out=slot,
-                    out_0=slot.stride(0),
-                    out_1=slot.stride(1),
-                    out_2=slot.stride(2),
+                    out_class=slot.stride(1),
                     BLOCK=tiles.lanes,
                     num_warps=1,
-                    **lay_out_anchors(piece, beside, batch.ignore_index),
+                    **anchors,
                 )
 
 
