@@ -46,7 +46,7 @@ class Groups(NamedTuple):
     """The groups of a level's logits, or their segments."""
 
     base: Any  # pointer; not "values", which a tuple of Triton's has already
-    strides: Axes
+    strides: Any  # `Axes`, or (row, place) of anchors
 
 
 @triton.jit

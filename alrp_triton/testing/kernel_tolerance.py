@@ -221,7 +221,7 @@ def _breakpoint_rounding(case: Case, tiles: BreakpointTiles) -> Rounding:
     An entry of the gradient is a value and a slope, each rounded, times a distance, and added. Both
     are sums over up to 2P breakpoints in float64; only float64 logits see their rounding.
     """
-    from alrp_triton.kernels.breakpoints.histogram import pack_levels
+    from alrp_triton.kernels.breakpoints.bins import pack_levels
 
     bits = pack_levels(case.logits, 2 * case.scores.numel(), tiles).bits
     exact = case.scores.dtype == torch.float64

@@ -24,7 +24,14 @@ class OnGrid:
         self.kernel, self.programs = kernel, programs
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.kernel[(self.programs,)]
+        def launch(**arguments: Any) -> Any:
+            others = 0
+            if "tile_programs" in arguments:  # some take anchors, and are as many as these are
+                others = grid[0] - arguments["tile_programs"]
+                arguments["tile_programs"] = self.programs
+            return self.kernel[(self.programs + others,)](**arguments)
+
+        return launch
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:

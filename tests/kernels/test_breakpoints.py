@@ -22,7 +22,8 @@ tl = importlib.import_module("triton.language")
 kernels = importlib.import_module("alrp_triton.kernels.breakpoints.ranks")
 sort = importlib.import_module("alrp_triton.kernels.breakpoints.sort")
 segments_module = importlib.import_module("alrp_triton.kernels.segments")
-histogram = importlib.import_module("alrp_triton.kernels.breakpoints.histogram")
+anchors = importlib.import_module("alrp_triton.kernels.breakpoints.anchors")
+bins_module = importlib.import_module("alrp_triton.kernels.breakpoints.bins")
 dense = importlib.import_module("alrp_triton.kernels.breakpoints.dense")
 language = importlib.import_module("alrp_triton.kernels.language")
 scan = importlib.import_module("alrp_triton.kernels.breakpoints.scan")
@@ -258,7 +259,7 @@ def test_integral_starts_anew_with_each_segment(
     lanes=st.sampled_from([32, 64]),
 )
 def test_no_field_of_a_bin_can_overflow(logits: int, bins: int, slack: int, lanes: int) -> None:
-    packing = histogram.pack(logits, bins, slack, lanes)
+    packing = bins_module.pack(logits, bins, slack, lanes)
     most = logits // packing.replicas + slack
     assert most << packing.bits < 1 << (packing.shift - 1)  # distances, taken away or added
     assert most < 1 << (63 - packing.shift)  # the number
@@ -271,7 +272,7 @@ def test_no_field_of_a_bin_can_overflow(logits: int, bins: int, slack: int, lane
 def test_bins_of_a_large_call(positives: int, replicas: int, bits: int) -> None:
     """At 20.95 million logits, in at most 2 % of their memory and 32 MB."""
     level = torch.empty(1, device="meta").expand(8, 80, 32_736)
-    packing = histogram.pack_levels([level], 2 * positives, BreakpointTiles())
+    packing = bins_module.pack_levels([level], 2 * positives, BreakpointTiles())
     assert (packing.replicas, packing.bits) == (replicas, bits)
     assert 2 * positives * packing.replicas * 8 <= 0.02 * 4 * level.numel() + (32 << 20)
 
@@ -302,11 +303,11 @@ def test_the_slack_of_a_replica_is_enough(shape: tuple[int, int], rows: int) -> 
 
 @triton.jit
 def _ignored_kernel(ignored, found, classes, classes_magic, BLOCK: tl.constexpr):
-    given = dense.Anchors(None, (0, 0), BLOCK, 1, 0, classes, classes_magic, -100)
+    given = anchors.Anchors(None, (0, 0), BLOCK, 1, 0, classes, classes_magic, -100)
     mask = tl.load(ignored + tl.arange(0, BLOCK)) != 0
-    order, number = dense.gather_ignored(mask, BLOCK), tl.sum(mask.to(tl.int32), 0)
+    order, number = anchors.gather_ignored(mask, BLOCK), tl.sum(mask.to(tl.int32), 0)
     for first in range(0, number * classes, BLOCK):
-        anchor, channel, mask = dense.ignored_logits(order, number, first, given, BLOCK)
+        anchor, channel, mask = anchors.ignored_logits(order, number, first, given, BLOCK)
         tl.atomic_add(found + anchor * classes + channel, 1, mask=mask)
 
 

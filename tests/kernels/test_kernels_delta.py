@@ -27,7 +27,7 @@ kernels = {
         "rank_sort",
         "breakpoints.scan",
         "breakpoints.sort",
-        "breakpoints.histogram",
+        "breakpoints.bins",
     )
 }
 tiles_module = importlib.import_module("alrp_triton.kernels.tuning.block_sizes")
@@ -91,7 +91,7 @@ def test_large_calls_in_small(
 ) -> None:
     """Many positives leave a cell or two for each of them, and distances of fewer bits."""
     monkeypatch.setattr(kernels["sort"], "_MOST_CELLS", cells)
-    monkeypatch.setattr(kernels["histogram"], "_BITS", bits)
+    monkeypatch.setattr(kernels["bins"], "_BITS", bits)
     for grouped in (False, True):
         check(draw(delta, torch.float32, grouped), "breakpoints")
 

@@ -7,7 +7,8 @@ everything that is added up over the logits is an integer:
 - a logit adds 1 to the number of its interval and its distance to the sum, in units of 2 delta /
   2^bits, rounded; both in one 64-bit bin, (number << shift) + distance;
 - a bin has many replicas, one for each lane of a tile and more, so that lanes do not wait for each
-  other where all logits fall into one interval, and so many that no field can overflow (`pack`);
+  other where all logits fall into one interval, and so many that no field can overflow
+  (`bins.pack`);
 - a 16-bit logit adds 1 to the number of its bit pattern, and the patterns are looked up in the end.
 
 So the result does not depend on the order of the additions, and repeats bit by bit, for any number
@@ -18,8 +19,7 @@ breakpoints of that segment. In any other tile each logit asks for its own. Bit 
 counted then, since each segment would need patterns of its own.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,122 +31,20 @@ from ..language import bits_of, jit, nan_maximum, real
 from ..segments import Segments, by_level
 from ..strided import Axes, Extent, Groups
 from ..tuning.block_sizes import BreakpointTiles
+from .anchors import Anchors, gather_ignored, ignored_logits, lay_out_anchors, read_anchors
+from .bins import FINE, Packed, add, add_together, distance_of, pack_levels
 from .dense import (
     PATTERNS,
-    Anchors,
-    gather_ignored,
     have_patterns,
-    ignored_logits,
-    lay_out_anchors,
     lay_out_segments,
     pattern_of,
     pattern_scores,
     pieces,
-    pieces_of,
-    read_anchors,
     read_segments,
     read_tile,
     segment_of_tile,
 )
 from .sort import HALVINGS, Breakpoints, LookUp, find, read_limits, within
-
-# Units of a distance of float64 logits: 2 delta / 2^30, and the rest in 2 delta / 2^60.
-_FINE = tl.constexpr(2.0**30)
-
-_BITS = 24  # of a distance, as long as there is memory for the replicas that it needs
-_FEWEST_BITS = 16
-_MAX_BINS = 1 << 20  # from which on a distance takes fewer bits instead
-
-
-class Packing(NamedTuple):
-    """How a number and a sum of distances share a bin."""
-
-    replicas: int  # of each bin; a power of two
-    bits: int  # of a distance: its unit is 2 delta / 2^bits
-    shift: int  # where the number begins
-
-
-def pack(logits: int, intervals: int, slack: int, lanes: int) -> Packing:
-    """Pack as many bits as fit.
-
-    Both fields of a bin hold what its replica of the histogram can get, added or taken away.
-
-    Args:
-        logits: N, of all levels.
-        intervals: number of bins.
-        slack: by how much a replica may get more than its share of the logits.
-        lanes: least number of replicas.
-    """
-    replicas = lanes
-    while True:
-        most = logits // replicas + slack  # that one replica gets
-        number = most.bit_length() + 1  # its bits, one of them for the sign
-        bits = min(_BITS, 64 - 2 * number)
-        if bits == _BITS or (bits >= _FEWEST_BITS and 2 * replicas * intervals > _MAX_BINS):
-            return Packing(replicas, bits, bits + number)
-        replicas *= 2
-
-
-def pack_levels(logits: Sequence[Tensor], intervals: int, tiles: BreakpointTiles) -> Packing:
-    """Choose the packing for a call.
-
-    Lanes go to the replicas in turn, so that of what is added a replica gets more than its share by
-    two columns of a tile at most, in each piece that is read at once. What is taken away goes to
-    them in turn logit by logit.
-    """
-    slack = sum(pieces_of(level) * 2 * tiles.count_rows for level in logits)
-    return pack(sum(level.numel() for level in logits), intervals, slack, tiles.lanes)
-
-
-class Packed(NamedTuple):
-    """`Packing` as kernels hand it on, and the units of a distance."""
-
-    replicas: Any
-    shift: Any
-    scale: Any  # units in a distance of 1
-    most: Any  # units of a whole window
-    breakpoints: Any  # how many there are
-
-
-@triton.jit
-def _distance(scores, found, keys, scale, most):
-    """Return how far scores stand above the breakpoint before them, in units, rounded."""
-    distance = scores - tl.load((keys - 1) + found)
-    return tl.minimum(tl.fma(distance, scale, 0.5), most).to(tl.int32).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _add(bins, found, replica, scores, mask, SIGN: tl.constexpr, keys, packing):
-    """Add scores to the bins of their intervals, or take them away again."""
-    replicas, shift, scale, most, breakpoints = packing
-    if scores.dtype == tl.float64:
-        distance = tl.minimum((scores - tl.load((keys - 1) + found)) * scale, most)
-        high = tl.floor(distance)
-        low = tl.floor((distance - high) * _FINE)
-        at = bins + (found - 1)
-        tl.atomic_add(at, tl.full(found.shape, SIGN, tl.int64), mask=mask, sem="relaxed")
-        tl.atomic_add(at + breakpoints, high.to(tl.int64) * SIGN, mask=mask, sem="relaxed")
-        tl.atomic_add(at + 2 * breakpoints, low.to(tl.int64) * SIGN, mask=mask, sem="relaxed")
-    else:
-        distance = _distance(scores, found, keys, scale, most)
-        bin = (tl.cast(1, tl.int64) << shift) + distance.to(tl.int64)
-        at = (bins - replicas) + (found * replicas + replica)
-        tl.atomic_add(at, bin * SIGN, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _add_together(
-    bins, found, tile, scores, mask, keys, packing, ROWS: tl.constexpr, LANES: tl.constexpr
-):
-    """Add a tile of scores (ROWS * LANES,) that all lie in one interval, lane by lane."""
-    replicas, shift, scale, most, _ = packing
-    distance = _distance(scores, found, keys, scale, most)
-    distance = tl.reshape(tl.where(mask, distance, 0), (ROWS, LANES))
-    distance = tl.sum(distance, 0).to(tl.int64)
-    number = tl.sum(tl.reshape(mask.to(tl.int32), (ROWS, LANES)), 0).to(tl.int64)
-    replica = (tl.arange(0, LANES) + tile * LANES) & (replicas - 1)
-    at = (bins - replicas) + (found * replicas + replica)
-    tl.atomic_add(at, (number << shift) + distance, sem="relaxed")
 
 
 @triton.jit
@@ -202,14 +100,14 @@ def _count_tile(
         ends = find(ends, segment, limits, look_up)
         if relevant & (tl.min(ends, 0) == tl.max(ends, 0)) & (s.dtype != tl.float64):
             only = tl.max(ends, 0)
-            _add_together(bins, only, tile, inner, negative, keys, packing, ROWS, LANES)
+            add_together(bins, only, tile, inner, negative, keys, packing, ROWS, LANES)
         elif patterns is not None:
             at = patterns + (pattern_of(raw) * LANES + _lane(ROWS, LANES))
             tl.atomic_add(at, tl.full(s.shape, 1, tl.int32), mask=negative, sem="relaxed")
         else:
             found = find(inner, segment, limits, look_up)
             replica = (_lane(ROWS, LANES) + tile * LANES) & (packing.replicas - 1)
-            _add(bins, found, replica, inner, negative, 1, keys, packing)
+            add(bins, found, replica, inner, negative, 1, keys, packing)
 
 
 @triton.jit
@@ -235,7 +133,7 @@ def _count_across_segments(
         inner = within(s, limits)
         found = find(inner, segment, limits, look_up)
         replica = (_lane(ROWS, LANES) + tile * LANES) & (packing.replicas - 1)
-        _add(bins, found, replica, inner, negative, 1, look_up.keys, packing)
+        add(bins, found, replica, inner, negative, 1, look_up.keys, packing)
 
 
 @triton.jit
@@ -301,7 +199,7 @@ def _remove(logits, segment, replica, mask, out, limits, look_up, packing):
     mask = mask & (s >= limits.lowest)
     s = within(s, limits)
     found = find(s, segment, limits, look_up)
-    _add(bins, found, replica & (packing.replicas - 1), s, mask, -1, look_up.keys, packing)
+    add(bins, found, replica & (packing.replicas - 1), s, mask, -1, look_up.keys, packing)
 
 
 @triton.jit
@@ -352,7 +250,7 @@ def _count_kernel(
     flags,
     limits,
     ends,
-    programs,  # that count tiles; those behind them take out what is no negative
+    tile_programs,  # those behind them take out what is no negative
     size: tl.int64,
     segments_0: tl.int64,
     segments_1: tl.int64,
@@ -394,11 +292,13 @@ def _count_kernel(
     look_up = LookUp(keys, table, tl.load(flags + HALVINGS), ends, cells)
     program = tl.program_id(0)
     # What both branches name must be of one type, so each has names of its own.
-    if program < programs:
+    if program < tile_programs:
         extent = Extent(middle, inner, middle_magic, inner_magic)
         groups = Groups(segments, Axes(segments_0, segments_1, segments_2))
         level, out = (logits, targets, size), (bins, patterns, unordered)
-        _count_tiles(level, groups, extent, out, limits, look_up, packing, programs, ROWS, LANES)
+        _count_tiles(
+            level, groups, extent, out, limits, look_up, packing, tile_programs, ROWS, LANES
+        )
     elif anchor_targets is not None:
         given = Anchors(
             anchor_targets, (targets_row, targets_place), places, row_blocks, row_blocks_magic,
@@ -406,7 +306,7 @@ def _count_kernel(
         )  # fmt: skip
         of_anchors = Groups(segments, (segments_row, segments_place))
         strided = logits, Axes(logits_row, logits_class, logits_place)
-        block, less = program - programs, (bins, unordered)
+        block, less = program - tile_programs, (bins, unordered)
         _remove_anchors(given, block, strided, of_anchors, less, limits, look_up, packing, LANES)
 
 
@@ -436,7 +336,9 @@ def _pattern_sums_kernel(
     mask = number > 0
     s = within(tl.where(mask, s, 0.0), limits)
     found = find(s, 0, limits, look_up)
-    distance = _distance(s, found, keys, real(scale_bits, tl.float32), real(most_bits, tl.float32))
+    distance = distance_of(
+        s, found, keys, real(scale_bits, tl.float32), real(most_bits, tl.float32)
+    )
     tl.atomic_add(sums + (found - 1), number, mask=mask, sem="relaxed")
     at = sums + breakpoints + (found - 1)
     tl.atomic_add(at, number * distance.to(tl.int64), mask=mask, sem="relaxed")
@@ -470,7 +372,7 @@ def _fold_kernel(
         number += tl.load(bins + place, mask=mask, other=0)
         fine = tl.load(bins + 2 * breakpoints + place, mask=mask, other=0)
         total += (tl.load(bins + breakpoints + place, mask=mask, other=0)).to(tl.float64)
-        total = (total + fine.to(tl.float64) / _FINE) * unit
+        total = (total + fine.to(tl.float64) / FINE) * unit
     else:
         one = tl.cast(1, tl.int64) << shift
         for first in range(0, replicas, LANES):
@@ -517,7 +419,7 @@ def count_negatives(
     tile = tiles.count_rows * tiles.lanes
     packing = pack_levels(logits, number, tiles)
     exact = breakpoints.scores.dtype == torch.float64
-    units = _FINE.value if exact else 2.0**packing.bits
+    units = FINE.value if exact else 2.0**packing.bits
     patterns, device = None, breakpoints.scores.device
     if have_patterns(logits, segments):
         patterns = torch.zeros((PATTERNS, tiles.lanes), dtype=torch.int32, device=device)
@@ -543,7 +445,7 @@ def count_negatives(
                 logits=piece,
                 targets=beside if beside.dim() == piece.dim() else None,
                 patterns=patterns,
-                programs=programs,
+                tile_programs=programs,
                 size=piece.numel(),
                 ROWS=tiles.count_rows,
                 LANES=tiles.lanes,

@@ -12,19 +12,15 @@ from ..language import bits_of, finite, jit, nan_maximum, real
 from ..segments import Segments, by_level
 from ..strided import Axes, Extent, Groups
 from ..tuning.block_sizes import BreakpointTiles
+from .anchors import Anchors, gather_ignored, ignored_logits, lay_out_anchors, read_anchors
 from .dense import (
     PATTERNS,
-    Anchors,
-    gather_ignored,
     have_patterns,
-    ignored_logits,
     is_aligned,
-    lay_out_anchors,
     lay_out_segments,
     pattern_of,
     pattern_scores,
     pieces,
-    read_anchors,
     read_segments,
     read_tile,
     segment_of_tile,
