@@ -8,6 +8,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .launcher import Kernel
+
 # What an infinite score is ranked as, as in `reference.layout`.
 LARGEST = tl.constexpr(2.0**125)
 
@@ -22,7 +24,10 @@ def jit(kernel: Callable) -> Any:
         for parameter in inspect.signature(kernel).parameters.values()
         if parameter.annotation is not tl.constexpr
     ]
-    return triton.jit(kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments)
+    function = triton.jit(
+        kernel, do_not_specialize=arguments, do_not_specialize_on_alignment=arguments
+    )
+    return Kernel(function) if isinstance(function, triton.JITFunction) else function
 
 
 @triton.jit
