@@ -38,6 +38,11 @@ def compiler() -> tuple[str, str]:
     return path, told.stdout.splitlines()[0]
 
 
+def digest(*files: Path) -> str:
+    """Return a short name of what stands in the files."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def library(
     name: str,
     sources: Sequence[Path],
