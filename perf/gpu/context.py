@@ -169,10 +169,12 @@ class Call:
         self.losses: tuple[Tensor, ...] = ()
 
     def forward(self) -> Tensor:
-        self.losses = alrp_loss(
+        cls, loc = alrp_loss(
             self.logits, self.case.targets, self.loc_errors, self.case.delta, **self.settings
         )
-        return self.losses[0] + self.losses[1]
+        # Kept without their graph: torch refuses to capture while one of another stream is alive.
+        self.losses = cls.detach(), loc.detach()
+        return cls + loc
 
     def step(self) -> None:
         for leaf in (*self.logits, self.loc_errors):
@@ -182,4 +184,4 @@ class Call:
     def results(self) -> list[Tensor]:
         """Values, and the gradients by logits and by loc_errors."""
         leaves = (*self.logits, self.loc_errors)
-        return [*(x.detach() for x in self.losses), *map(gradient_of, leaves)]
+        return [*self.losses, *map(gradient_of, leaves)]
