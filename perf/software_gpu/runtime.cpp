@@ -47,6 +47,8 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
   case cudaErrorInvalidValue: return "invalid argument";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
   case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+  case cudaErrorStreamCaptureIsolation:
+    return "dependency created on uncaptured work in another stream";
   default: return "a call that failed on the software GPU";
   }
 }
@@ -291,7 +293,7 @@ EXPORT cudaError_t cudaMemset(void *to, int value, size_t bytes) {
 // --- streams and events ---------------------------------------------------------------------------
 
 struct Event {
-  double seconds;             // of the host's clock: an event orders nothing and times nothing else
+  double seconds;             // of the host's clock, all that it times; 0: never recorded
   unsigned long long capture; // that it was recorded in
 };
 
@@ -351,7 +353,12 @@ EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, 
 }
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   software_gpu_note(EVENT, "waited for");
-  if (auto capture = ((Event *)event)->capture) software_gpu_join_capture(stream, capture);
+  auto [seconds, capture] = *(Event *)event;
+  if (capture) {
+    software_gpu_join_capture(stream, capture);
+  } else if (seconds && software_gpu_capture_of(stream)) {
+    return fail(cudaErrorStreamCaptureIsolation); // on work that is in no graph
+  }
   return cudaSuccess;
 }
 
