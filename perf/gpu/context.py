@@ -161,9 +161,9 @@ class Call:
             self.settings["groups"] = list(case.groups)
         if padding is not None:
             pad = partial(torch.nn.functional.pad, pad=(0, padding))
-            found = [target.reshape(-1) for target in case.targets]
+            found = [target.reshape(-1).cpu() for target in case.targets]
             positives = torch.cat(found).ge(0).nonzero()[:, 0]
-            self.settings["positives"] = pad(positives, value=-1)
+            self.settings["positives"] = pad(positives, value=-1).to(self.loc_errors.device)
             self.loc_errors = pad(self.loc_errors, value=torch.nan)
         self.loc_errors.requires_grad_()
         self.losses: tuple[Tensor, ...] = ()

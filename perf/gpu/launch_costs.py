@@ -1,7 +1,5 @@
 """A kernel that does nothing, to be launched through Triton's JIT or past it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import triton
