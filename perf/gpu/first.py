@@ -114,13 +114,18 @@ def _beside_focal(context: Context, distribution: str) -> dict[str, Any]:
     variants = importlib.import_module("perf.bench.variants")
     size = context.sizes.full
     inputs = draw(Cell(size.anchors * size.classes, size.positives, distribution), context.device)
+    named = {name: variants.VARIANTS[name] for name in (variants.OURS, "focal, fused")}
+    steps = {
+        name: partial(bench.forward_backward, variant.bind(inputs), inputs.logits)
+        for name, variant in named.items()
+    }
+    results = {name: step() for name, step in steps.items()}  # compiles
     row: dict[str, Any] = {"ok": True}
-    for name in (variants.OURS, "focal, fused"):
-        variant = variants.VARIANTS[name]
-        step = partial(bench.forward_backward, variant.bind(inputs), inputs.logits)
-        judged = parity.compare(*step(), variant.truth(inputs))
+    for name, variant in named.items():
+        judged = parity.compare(*results.pop(name), variant.truth(inputs))
+        times = _three_ways(context, steps[name])
         row["ok"] &= judged.holds
-        row[name] = {"right": judged.holds, "error": judged.error, **_three_ways(context, step)}
+        row[name] = {"right": judged.holds, "error": judged.error, **times}
     ours, focal = row[variants.OURS], row["focal, fused"]
     ways = [key for key in ours if key.endswith("_microseconds") and key in focal]
     row["times_focal"] = {way.removesuffix("_microseconds"): ours[way] / focal[way] for way in ways}

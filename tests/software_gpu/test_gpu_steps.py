@@ -21,8 +21,16 @@ STEPS = (
     "synchronisations", "graph", "memory", "timings", "variants",
 )  # fmt: skip
 SCRIPT = f"""
-import itertools, json, pathlib, warnings
+import json, pathlib, warnings
+import torch
+from perf.bench import parity, variants
 from perf.gpu import context, runner, steps
+
+def nothing(inputs):  # torch's loops may not end on numbers that nobody computed
+    return parity.Truth(0.0, 1, torch.zeros_like(inputs.logits, dtype=torch.float64), 1)
+
+variants.VARIANTS = {{k: v._replace(truth=nothing) for k, v in variants.VARIANTS.items()}}
+
 class Small(context.Context):
     sizes = context.TOY
     bandwidth = 1e9
