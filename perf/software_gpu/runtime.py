@@ -108,18 +108,25 @@ def _cuda_of_torch() -> str:
 
 def _header_folders() -> list[Path]:
     """Return the folders of CUDA's headers in the wheels that come with torch and Triton."""
-    found = {}
-    for package, pattern in (("nvidia", "*/include"), ("triton", "backends/nvidia/include")):
+    of_triton = [folder / "backends" / "nvidia" / "include" for folder in _places("triton")]
+    of_nvidia = [found for folder in _places("nvidia") for found in folder.glob("*/include")]
+    folders = [*sorted(of_nvidia), *of_triton]
+    first = {
+        header: next((folder for folder in folders if (folder / header).exists()), None)
+        for header in _HEADERS.values()
+    }
+    if missing := [header for header, folder in first.items() if folder is None]:
+        raise build.Unavailable(f"no wheel here has CUDA's {' and '.join(missing)}")
+    return list(dict.fromkeys([*filter(None, first.values()), *of_triton]))
+
+
+def _places(package: str) -> list[Path]:
+    """Return the folders of a package, none if it is not installed."""
+    try:
         spec = importlib.util.find_spec(package)
-        for place in (spec.submodule_search_locations or ()) if spec else ():
-            for folder in sorted(Path(place).glob(pattern)):
-                for header in _HEADERS.values():
-                    if (folder / header).exists():
-                        found.setdefault(header, folder)
-    if missing := _HEADERS.values() - found.keys():
-        raise build.Unavailable(f"no wheel here has CUDA's {' and '.join(sorted(missing))}")
-    triton = Path(importlib.util.find_spec("triton").origin).parent
-    return list(dict.fromkeys([*found.values(), triton / "backends" / "nvidia" / "include"]))
+    except ValueError:  # what was taken out of sys.modules
+        return []
+    return [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
 
 
 def _unwritten(part: str, folders: list[str]) -> str:
