@@ -193,23 +193,31 @@ template <class T, class F> void integer_2(Step &s) {
   s.each<T, T>([](T a, T b) { return F()(a, b); });
 }
 
-#define OPERATION(Name, ...)                                                                       \
+#define OPERATION(Name, result, ...)                                                               \
   struct Name {                                                                                    \
-    template <class T> T operator()(__VA_ARGS__) const
-#define END                                                                                        \
-  }                                                                                                \
-  ;
-OPERATION(And, T a, T b) { return a & b; } END
-OPERATION(Or, T a, T b) { return a | b; } END
-OPERATION(Xor, T a, T b) { return a ^ b; } END
-OPERATION(Not, T a) { return ~a; } END
-OPERATION(Minimum, T a, T b) { return std::min(a, b); } END
-OPERATION(Maximum, T a, T b) { return std::max(a, b); } END
-OPERATION(IntegerDivide, T a, T b) { return integer_divide(a, b); } END
-OPERATION(IntegerRemainder, T a, T b) { return integer_remainder(a, b); } END
-OPERATION(MultiplyHigh, T a, T b) { return multiply_high(a, b); } END
-OPERATION(NegateInteger, T a) { return (T)(0 - (std::make_unsigned_t<T>)a); } END
-OPERATION(AbsoluteInteger, T a) { return a < 0 ? NegateInteger()(a) : a; } END
+    template <class T> T operator()(__VA_ARGS__) const { return result; }                          \
+  };
+OPERATION(And, a & b, T a, T b)
+OPERATION(Or, a | b, T a, T b)
+OPERATION(Xor, a ^ b, T a, T b)
+OPERATION(Not, ~a, T a)
+OPERATION(Minimum, std::min(a, b), T a, T b)
+OPERATION(Maximum, std::max(a, b), T a, T b)
+OPERATION(MultiplyLow, (T)((uint64_t)a * b), T a, T b)
+OPERATION(MultiplyHigh, multiply_high(a, b), T a, T b)
+OPERATION(IntegerDivide, integer_divide(a, b), T a, T b)
+OPERATION(IntegerRemainder, integer_remainder(a, b), T a, T b)
+OPERATION(NegateInteger, (T)(0 - (std::make_unsigned_t<T>)a), T a)
+OPERATION(AbsoluteInteger, a < 0 ? NegateInteger()(a) : a, T a)
+// What a GPU approximates is exact here.
+OPERATION(Reciprocal, 1 / a, T a)
+OPERATION(SquareRoot, std::sqrt(a), T a)
+OPERATION(ReciprocalSquareRoot, 1 / std::sqrt(a), T a)
+OPERATION(PowerOf2, std::exp2(a), T a)
+OPERATION(Logarithm2, std::log2(a), T a)
+OPERATION(Sine, std::sin(a), T a)
+OPERATION(Cosine, std::cos(a), T a)
+OPERATION(HyperbolicTangent, std::tanh(a), T a)
 
 // Of single or double precision: f in the host's arithmetic, rounded, flushed and saturated.
 template <class T, class F, class... A> void real_operation(Step &s) {
@@ -299,20 +307,6 @@ template <class T> void multiply_add(Step &s) {
 template <class T> void multiply_high_add(Step &s) {
   s.each<T, T, T>([](T a, T b, T c) { return (T)((uint64_t)multiply_high(a, b) + (uint64_t)c); });
 }
-
-// What a GPU approximates is exact here.
-#define FUNCTION(Name, expression)                                                                 \
-  struct Name {                                                                                    \
-    template <class T> T operator()(T x) const { return expression; }                              \
-  };
-FUNCTION(Reciprocal, 1 / x)
-FUNCTION(SquareRoot, std::sqrt(x))
-FUNCTION(ReciprocalSquareRoot, 1 / std::sqrt(x))
-FUNCTION(PowerOf2, std::exp2(x))
-FUNCTION(Logarithm2, std::log2(x))
-FUNCTION(Sine, std::sin(x))
-FUNCTION(Cosine, std::cos(x))
-FUNCTION(HyperbolicTangent, std::tanh(x))
 
 void approximate_reciprocal(Step &s) { // rcp.approx.ftz.f64 knows the upper halves alone
   const uint64_t upper = 0xffffffff00000000;
@@ -469,14 +463,12 @@ template <class T> void extract_bits(Step &s) {
   s.each<T, uint32_t, uint32_t>([](T a, uint32_t first, uint32_t length) {
     const uint32_t bits = 8 * sizeof(T);
     first &= 255, length &= 255;
-    T sign = a < 0 && length ? -1 : 0;
-    if (std::is_signed_v<T> && length && first + length - 1 < bits)
-      sign = a >> (first + length - 1) & 1 ? -1 : 0;
-    T field = shift_right<std::make_unsigned_t<T>>(a, first);
-    if (length >= bits) return first ? (T)(field | shift_left<T>(sign, bits - std::min(first, bits))) : field;
-    T mask = (T)((1ull << length) - 1);
-    return (T)((field & mask) | (sign & ~mask) |
-               (first + length > bits ? shift_left<T>(sign, bits - std::min(first, bits)) : 0));
+    const uint32_t last = std::min(first + length - 1, bits - 1);
+    const bool sign = std::is_signed_v<T> && length && (a >> last & 1);
+    uint64_t field = 0;
+    for (uint32_t k = 0; k < bits; k++)
+      field |= (uint64_t)(k < length && first + k < bits ? a >> (first + k) & 1 : sign) << k;
+    return (T)field;
   });
 }
 template <class T> void insert_bits(Step &s) {
@@ -591,7 +583,7 @@ uint8_t *access(const Step &s, int space, uint64_t address, unsigned size, unsig
     s.fail(writes ? "write to global memory out of bounds" : "read of global memory out of bounds",
            address);
   if (s.launch.options.checks && !ordered) {
-    Owner owner{s.program.serial, (uint16_t)s.program.round, (uint16_t)s.warp.index};
+    Owner owner{s.program.serial, (uint32_t)s.in.line, (uint16_t)s.program.round, (uint16_t)s.warp.index};
     const char *wrong = s.launch.global.touch(address, size, kind, owner,
                                               !s.program.synchronises, value);
     if (wrong) s.note(wrong, address, s.in.line);
@@ -684,10 +676,6 @@ template <class T> struct AddPair {
     return of_pairs<T>(short_real<T, Add, T, T>, a, b);
   }
 };
-struct AddReal { // a GPU flushes subnormal numbers of an atomic addition in single precision
-  float operator()(float a, float b) const { return canonical(flush(flush(a) + flush(b))); }
-  double operator()(double a, double b) const { return a + b; }
-};
 
 // Lane after lane: update(old, lane) is what memory holds then. detail[0] is the space.
 template <class T, class F> void update_memory(Step &s, F update) {
@@ -708,6 +696,14 @@ template <class T, class F> void update_memory(Step &s, F update) {
 template <class T, class F> void atomic(Step &s) {
   update_memory<T>(s, [&](T old, int l) { return F()(old, as<T>(s.operand(1)[l])); });
 }
+// In global memory a GPU flushes subnormal numbers of single precision, in shared memory it does not.
+void atomic_add_float(Step &s) {
+  const bool flushes = s.in.detail[0] == GLOBAL;
+  update_memory<float>(s, [&](float old, int l) {
+    float added = as<float>(s.operand(1)[l]);
+    return canonical(flushes ? flush(flush(old) + flush(added)) : old + added);
+  });
+}
 template <class T> void compare_and_swap(Step &s) {
   update_memory<T>(s, [&](T old, int l) {
     return old == as<T>(s.operand(1)[l]) ? as<T>(s.operand(2)[l]) : old;
@@ -722,6 +718,7 @@ void require_all_lanes(const Step &s) {
 }
 void load_matrices(Step &s) {
   require_all_lanes(s);
+  Lanes loaded[4]; // a result may take the place of the addresses
   for (int m = 0; m < s.in.detail[0]; m++) {
     uint16_t matrix[8][8];
     for (int row = 0; row < 8; row++)
@@ -734,10 +731,10 @@ void load_matrices(Step &s) {
         int row = l / 4, column = 2 * (l % 4) + k;
         pair |= (uint32_t)(s.in.detail[1] ? matrix[column][row] : matrix[row][column]) << 16 * k;
       }
-      // The addresses may stand in the register of the first result.
-      s.warp.registers[(size_t)s.in.detail[2 + 0] * 0 + (size_t)s.in.result[m] * LANES + l] = pair;
+      loaded[m][l] = pair;
     }
   }
+  for (int m = 0; m < s.in.detail[0]; m++) memcpy(s.result(m), loaded[m], sizeof(Lanes));
 }
 void store_matrices(Step &s) {
   require_all_lanes(s);
@@ -864,10 +861,9 @@ void elect(Step &s) { // the lowest lane
 
 template <class T> void add_integers(Table &t, const std::string &type) {
   using U = std::make_unsigned_t<T>; // wraps around
-  t["add." + type] = t["mul.lo." + type] = nullptr;
   t["add." + type] = integer_2<U, Add>;
   t["sub." + type] = integer_2<U, Subtract>;
-  t["mul.lo." + type] = [](Step &s) { s.each<U, U>([](U a, U b) { return (U)((uint64_t)a * b); }); };
+  t["mul.lo." + type] = integer_2<U, MultiplyLow>;
   t["mul.hi." + type] = integer_2<T, MultiplyHigh>;
   t["mad.lo." + type] = multiply_add<U>;
   t["mad.hi." + type] = multiply_high_add<T>;
@@ -930,7 +926,6 @@ template <class T> void add_reals(Table &t, const std::string &type) {
   constexpr uint64_t sign = 1ull << (8 * sizeof(T) - 1);
   t["neg." + type] = change_sign<sign, false>;
   t["abs." + type] = change_sign<sign, true>;
-  t["atom.add." + type] = atomic<T, AddReal>;
 }
 
 template <class T> void add_short_reals(Table &t, const std::string &type) {
@@ -1004,6 +999,8 @@ Table handlers() {
   t["ld.param"] = load_parameter;
   t["st.global"] = store<GLOBAL>;
   t["st.shared"] = store<SHARED>;
+  t["atom.add.f32"] = atomic_add_float;
+  t["atom.add.f64"] = atomic<double, Add>;
   t["atom.inc.u32"] = atomic<uint32_t, Increment>;
   t["atom.dec.u32"] = atomic<uint32_t, Decrement>;
   t["fence"] = fence;

@@ -88,17 +88,22 @@ private:
 
 // --- global memory: of all programs --------------------------------------------------------------
 
-// The last program that wrote a byte, or added to it, and which of its warps since which barrier.
+// The last program that wrote a byte, or added to it; which of its warps, since which barrier, and
+// on which line.
 struct Owner {
   static constexpr uint32_t MANY = ~0u;
   static constexpr uint16_t MANY_WARPS = 0xffff;
   uint32_t program = 0; // counted from 1; 0 is nobody
+  uint32_t line = 0;
   uint16_t round = 0, warp = 0;
 
-  // Whether nothing puts this access and one by `other` in order.
-  bool is_unordered_with(const Owner &other) const {
+  // Whether nothing puts this access and one by `other` in order. Where several warps hold the same
+  // tensor all of them read, and one adds and writes: what the others read later nobody uses. So
+  // of one program a read is compared with the writes that stand before it.
+  bool is_unordered_with(const Owner &other, Kind kind) const {
     if (!other.program) return false;
     if (other.program != program) return true;
+    if (kind == READ && line < other.line) return false;
     return other.round == round && other.warp != warp;
   }
   void leave(Owner &last) const {
@@ -139,8 +144,8 @@ public:
     const uint8_t *now = (const uint8_t *)address;
     for (size_t k = 0; k < size; k++) {
       Byte &byte = range->shadow[address - range->start + k];
-      bool races = by.is_unordered_with(byte.writer);
-      if (kind != ATOMIC) races |= by.is_unordered_with(byte.adder);
+      bool races = by.is_unordered_with(byte.writer, kind);
+      if (kind != ATOMIC) races |= by.is_unordered_with(byte.adder, kind);
       bool changes = kind != WRITE || now[k] != value[k];
       if (races && changes && judged) wrong = RACES[kind];
       if (kind == WRITE) by.leave(byte.writer);
