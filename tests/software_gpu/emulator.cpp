@@ -21,7 +21,7 @@ struct Instruction {
   int32_t handler;
   int32_t guard;   // the predicate it is executed under, or -1
   int32_t negated; // whether the guard has to be false
-  int32_t line;    // of the PTX
+  int32_t number;  // in its kernel
   int32_t results, operands;
   int32_t result[8];   // registers; -1 is thrown away
   int32_t operand[12]; // registers, or from -1 downward constants
@@ -151,10 +151,10 @@ struct Step {
     return text;
   }
   [[noreturn]] void fail(const std::string &what, uint64_t address = 0) const {
-    throw Fault(std::to_string(in.line) + "\t" + what + "\t" + where(address));
+    throw Fault(std::to_string(in.number) + "\t" + what + "\t" + where(address));
   }
-  void note(const char *what, uint64_t address, int line) const {
-    std::string text = std::to_string(line) + "\t" + what + "\t";
+  void note(const char *what, uint64_t address, int number) const {
+    std::string text = std::to_string(number) + "\t" + what + "\t";
     for (auto &known : launch.notes)
       if (known.first.compare(0, text.size(), text) == 0) {
         known.second++;
@@ -575,7 +575,7 @@ uint8_t *access(const Step &s, int space, uint64_t address, unsigned size, unsig
     if (s.launch.options.checks) {
       Thread thread{s.program.round, s.warp.index, s.warp.syncs, (uint32_t)lane};
       const char *wrong = s.program.shared.touch(address, size, kind, thread, value);
-      if (wrong) s.note(wrong, address, s.in.line);
+      if (wrong) s.note(wrong, address, s.in.number);
     }
     return s.program.shared.at(address);
   }
@@ -583,10 +583,10 @@ uint8_t *access(const Step &s, int space, uint64_t address, unsigned size, unsig
     s.fail(writes ? "write to global memory out of bounds" : "read of global memory out of bounds",
            address);
   if (s.launch.options.checks && !ordered) {
-    Owner owner{s.program.serial, (uint32_t)s.in.line, (uint16_t)s.program.round, (uint16_t)s.warp.index};
+    Owner owner{s.program.serial, (uint32_t)s.in.number, (uint16_t)s.program.round, (uint16_t)s.warp.index};
     const char *wrong = s.launch.global.touch(address, size, kind, owner,
                                               !s.program.synchronises, value);
-    if (wrong) s.note(wrong, address, s.in.line);
+    if (wrong) s.note(wrong, address, s.in.number);
   }
   return (uint8_t *)address;
 }
@@ -1056,7 +1056,7 @@ void step(Launch &launch, Program &program, Warp &warp) {
     lanes &= active;
   }
   if (++launch.instructions > launch.options.most_instructions)
-    throw Fault(std::to_string(in.line) + "\tmore instructions than allowed: an endless loop?\t");
+    throw Fault(std::to_string(in.number) + "\tmore instructions than allowed: an endless loop?\t");
   Count &count = launch.counts[place];
   count.warps++;
   count.lanes += __builtin_popcount(lanes);
@@ -1203,7 +1203,7 @@ int emulator_launch(const void *kernel, const Options *options, const uint8_t *p
     for (auto &note : launch.notes)
       fault += "note\t" + note.first + ", " + std::to_string(note.second) + " times\n";
   } catch (const Fault &stopped) {
-    fault = std::string("fault\t0\t") + stopped.what() + "\t\n";
+    fault = std::string("fault\t-1\t") + stopped.what() + "\t\n";
   }
   snprintf(text, size, "%s", fault.c_str());
   return fault.compare(0, 5, "fault") == 0 ? -1 : 0;

@@ -32,9 +32,10 @@ from torch import Tensor
 from tests.software_gpu import emulator_ptx
 from tests.software_gpu.emulator_ptx import Code, Statement
 
-_SOURCES = ["emulator.cpp", "emulator_memory.h", "emulator_numbers.h"]
+_HERE = Path(__file__).parent
+_SOURCES = [_HERE / x for x in ("emulator.cpp", "emulator_memory.h", "emulator_numbers.h")]
 _FLAGS = "-std=c++17 -O2 -march=native -frounding-math -ffp-contract=off -fPIC -shared".split()
-_OPTIONS = struct.Struct("<3I5i4xQ")  # `Options` of the C++ file
+_OPTIONS = struct.Struct("<3I5iQ")  # `Options` of the C++ file
 _LONGEST_REPORT = 1 << 16
 _ENDLESS = 2 * 10**9  # instructions of warps
 
@@ -49,36 +50,36 @@ class EmulationError(RuntimeError):
 # --- building -----------------------------------------------------------------------------------
 
 
-def missing() -> str:
-    """Why nothing can be emulated here, or nothing."""
+def missing(triton: bool = True) -> str:
+    """Why nothing can be emulated here, or an empty text; without Triton, PTX still can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the emulator wants Linux on x86-64"
     if not shutil.which("g++"):
         return "the emulator wants g++"
     try:
-        importlib.import_module("triton.backends.nvidia.compiler")
+        if triton:
+            importlib.import_module("triton.backends.nvidia.compiler")
     except ImportError:
         return "the emulator wants a Triton that compiles for NVIDIA GPUs"
     return ""
 
 
-def build(sources: Sequence[str], flags: Sequence[str]) -> Path:
-    """The library made of files of this folder, which is built if it has not been yet."""
-    here = Path(__file__).parent
+def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """The library made of a file and of those that it includes, built if it has not been yet."""
     key = hashlib.sha256(" ".join(flags).encode())
-    for name in sources:
-        key.update((here / name).read_bytes())
+    for source in sources:
+        key.update(source.read_bytes())
     key.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
     key.update(_processor())  # which -march=native depends on
     folder = Path(
         os.environ.get("ALRP_SOFTWARE_GPU_CACHE") or Path.home() / ".cache" / "alrp_triton"
     )
-    library = folder / f"{Path(sources[0]).stem}-{key.hexdigest()[:20]}.so"
+    library = folder / f"{sources[0].stem}-{key.hexdigest()[:20]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:  # others may build at the same time
             made = Path(own) / "library.so"
-            subprocess.run(["g++", *flags, str(here / sources[0]), "-o", str(made)], check=True)
+            subprocess.run(["g++", *flags, str(sources[0]), "-o", str(made)], check=True)
             made.replace(library)
     return library
 
@@ -245,11 +246,15 @@ class Kernel:
         return packed.ljust(8, b"\0")
 
     def _explain(self, line: str) -> str:
-        """With the statement and its place in the source in place of the PTX's line."""
+        """With the statement in place of its number."""
         _, number, what, where = line.split("\t")
-        found = [x for x in self.code.statements if x.line == int(number)]
-        place = f", {found[0].source}, {found[0].text}" if found else ""
-        return f"{self.code.name}: {what} (PTX line {number}{place}; {where})"
+        if int(number) < 0:
+            return f"{self.code.name}: {what}"
+        statement = self.code.statements[int(number)]
+        source = f", {statement.source}" if statement.source else ""
+        return (
+            f"{self.code.name}{source}: {what} (PTX line {statement.line}: {statement.text} {where})"
+        )
 
 
 def _bytes_of(argument: int | float | bytes | Tensor, type: str) -> bytes:

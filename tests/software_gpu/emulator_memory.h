@@ -89,12 +89,12 @@ private:
 // --- global memory: of all programs --------------------------------------------------------------
 
 // The last program that wrote a byte, or added to it; which of its warps, since which barrier, and
-// on which line.
+// by which instruction.
 struct Owner {
   static constexpr uint32_t MANY = ~0u;
   static constexpr uint16_t MANY_WARPS = 0xffff;
   uint32_t program = 0; // counted from 1; 0 is nobody
-  uint32_t line = 0;
+  uint32_t instruction = 0;
   uint16_t round = 0, warp = 0;
 
   // Whether nothing puts this access and one by `other` in order. Where several warps hold the same
@@ -103,7 +103,7 @@ struct Owner {
   bool is_unordered_with(const Owner &other, Kind kind) const {
     if (!other.program) return false;
     if (other.program != program) return true;
-    if (kind == READ && line < other.line) return false;
+    if (kind == READ && instruction < other.instruction) return false;
     return other.round == round && other.warp != warp;
   }
   void leave(Owner &last) const {

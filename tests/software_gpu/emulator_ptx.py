@@ -24,7 +24,7 @@ SPECIAL = [
     *("%ntid.x", "%ntid.y", "%ntid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z"),
     *("%laneid", "%warpid"),
 ]
-# handler, guard, negated, line, results, operands, result[8], operand[12], rounding, flags,
+# handler, guard, negated, number, results, operands, result[8], operand[12], rounding, flags,
 # detail[4], immediate
 INSTRUCTION = struct.Struct("<6i8i12i2i4iq")
 
@@ -142,7 +142,7 @@ def _compare(match: re.Match[str]) -> list[int]:
     allowed = COMPARISONS if type.startswith("bf") else known.get(type[0], COMPARISONS)
     if name not in allowed:
         raise Unsupported(f"{match.group()}: no such comparison")
-    return [COMPARISONS.index(name), [None, "and", "or", "xor"].index(match["bool"])]
+    return [COMPARISONS.index(name), [None, "and", "or", "xor"].index(match["bool"] or None)]
 
 
 def _access(match: re.Match[str]) -> list[int]:
@@ -252,10 +252,15 @@ _add(
 _add("ld", rf"\.param(?P<sem>)(?P<policy>){_ELEMENT}", "{d} [a]", "ld.param", detail=_access)
 _add("ld", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "{d} [a] ~?", "ld.{space}", detail=_access)
 _add("st", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "[a] {a} ~?", "st.{space}", detail=_access)
-_ADDED = r"[us](?:32|64)|f32|f64|f16|bf16|f16x2|bf16x2"
-_EVERY = rf"add(?:\.noftz)?\.(?:{_ADDED})|(?:min|max)\.[us](?:32|64)|(?:and|or|xor|exch)\.b(?:32|64)|(?:inc|dec)\.u32"
-_add("atom", rf"{_WHERE}\.(?P<do>{_EVERY})", "d [a] a", "atom.{do}", detail=_atomic)
-_add("red", rf"{_WHERE}\.(?P<do>{_EVERY})", "[a] a", "atom.{do}", detail=_atomic)
+for _operation in (
+    r"(?P<do>add)(?:\.noftz)?\.(?P<type>[us](?:32|64)|f32|f64|(?:f16|bf16)(?:x2)?)",
+    r"(?P<do>min|max)\.(?P<type>[us](?:32|64))",
+    r"(?P<do>and|or|xor|exch)\.(?P<type>b(?:32|64))",
+    r"(?P<do>inc|dec)\.(?P<type>u32)",
+):
+    _atomic_form = {"handler": "atom.{do}.{type}", "detail": _atomic}
+    _add("atom", rf"{_WHERE}\.{_operation}", "d [a] a", **_atomic_form)
+    _add("red", rf"{_WHERE}\.{_operation}", "[a] a", **_atomic_form)
 _add("atom", rf"{_WHERE}\.(?P<do>cas\.b(?:16|32|64))", "d [a] a a", "atom.{do}", detail=_atomic)
 _add("membar", r"\.(?:cta|gl|sys)", "", "fence")
 _add("fence", r"\.(?:sc|acq_rel)\.(?:cta|gpu|sys)", "", "fence")
@@ -337,7 +342,7 @@ class _Reader:
             self._take(token, Statement(line, " ".join(token.group().split()), sources[line - 1]))
         return Code(
             entry.group(1),
-            [self._pack(instruction) for instruction in self.instructions],
+            [self._pack(number, built) for number, built in enumerate(self.instructions)],
             self.statements,
             list(self.constants),
             self.registers,
@@ -518,7 +523,7 @@ class _Reader:
     def _constant(self, value: int) -> int:
         return ~self.constants.setdefault(value & (2**64 - 1), len(self.constants))
 
-    def _pack(self, built: dict[str, Any]) -> bytes:
+    def _pack(self, number: int, built: dict[str, Any]) -> bytes:
         def padded(numbers: list[int], length: int) -> list[int]:
             return [*numbers, *[-1 if length == 8 else 0] * (length - len(numbers))]
 
@@ -529,7 +534,7 @@ class _Reader:
             immediate = self.labels[built["label"]]
         return INSTRUCTION.pack(
             self.handlers[built["handler"]],
-            *(built["guard"], built["negated"], built["line"]),
+            *(built["guard"], built["negated"], number),
             *(len(built["results"]), len(built["operands"])),
             *padded(built["results"], 8),
             *padded(built["operands"], 12),
@@ -569,7 +574,7 @@ def _without_comments(ptx: str) -> tuple[list[str], list[str]]:
     lines, sources, source = [], [], ""
     for line in ptx.splitlines():
         code, _, comment = line.partition("//")
-        if code.strip().startswith((".loc", ".file")):
+        if re.match(r"\s*\.(?:loc|file)\s", code):
             if place := re.match(r"\s*(\S+:\d+:\d+)", comment):
                 source = place.group(1)
             code = ""
