@@ -34,13 +34,23 @@ from tests.software_gpu.emulator_ptx import Code, Statement
 
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / x for x in ("emulator.cpp", "emulator_memory.h", "emulator_numbers.h")]
-_FLAGS = "-std=c++17 -O2 -march=native -frounding-math -ffp-contract=off -fPIC -shared".split()
+_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-march=native",
+    "-frounding-math",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+]
 _OPTIONS = struct.Struct("<3I5iQ")  # `Options` of the C++ file
 _LONGEST_REPORT = 1 << 16
 _ENDLESS = 2 * 10**9  # instructions of warps
 
 ASCENDING, DESCENDING = 0, 1  # orders of programs; a larger number is the seed of a random one
-Ranges = list[tuple[int, int]]  # addresses that a launch may touch, each from the first to behind the last
+Ranges = list[
+    tuple[int, int]
+]  # addresses that a launch may touch, each from the first to behind the last
 
 
 class EmulationError(RuntimeError):
@@ -71,9 +81,7 @@ def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
         key.update(source.read_bytes())
     key.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
     key.update(_processor())  # which -march=native depends on
-    folder = Path(
-        os.environ.get("ALRP_SOFTWARE_GPU_CACHE") or Path.home() / ".cache" / "alrp_triton"
-    )
+    folder = _cache()
     library = folder / f"{sources[0].stem}-{key.hexdigest()[:20]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +90,11 @@ def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
             subprocess.run(["g++", *flags, str(sources[0]), "-o", str(made)], check=True)
             made.replace(library)
     return library
+
+
+def _cache() -> Path:
+    default = Path.home() / ".cache" / "alrp_triton"
+    return Path(os.environ.get("ALRP_SOFTWARE_GPU_CACHE") or default)
 
 
 def _processor() -> bytes:
@@ -252,9 +265,8 @@ class Kernel:
             return f"{self.code.name}: {what}"
         statement = self.code.statements[int(number)]
         source = f", {statement.source}" if statement.source else ""
-        return (
-            f"{self.code.name}{source}: {what} (PTX line {statement.line}: {statement.text} {where})"
-        )
+        place = f"PTX line {statement.line}: {statement.text} {where}"
+        return f"{self.code.name}{source}: {what} ({place})"
 
 
 def _bytes_of(argument: int | float | bytes | Tensor, type: str) -> bytes:
@@ -334,11 +346,14 @@ class Emulation:
         key = jit, str((signature, constants, attributes, options))
         if key not in self.compiled:
             source = triton.compiler.ASTSource(jit, signature, constants, attributes)
-            made = triton.compile(source, target=gpu, options=options.__dict__)
+            with _no_machine_code():
+                made = triton.compile(source, target=gpu, options=options.__dict__)
             self.compiled[key] = Kernel(made.asm["ptx"], made.metadata.shared)
         return self.compiled[key], signature
 
-    def run(self, jit: Any, *positional: Any, grid: Any, warmup: bool = False, **named: Any) -> None:
+    def run(
+        self, jit: Any, *positional: Any, grid: Any, warmup: bool = False, **named: Any
+    ) -> None:
         """`JITFunction.run` on tensors on the CPU."""
         arguments = dict(zip(jit.arg_names, positional, strict=False)) | named
         kernel, signature = self.kernel(jit, arguments)
@@ -346,9 +361,7 @@ class Emulation:
             return
         arguments = {x.name: x.default for x in jit.params} | arguments
         flat = [
-            value
-            for name, type in signature.items()
-            for value in _flatten(arguments[name], type)
+            value for name, type in signature.items() for value in _flatten(arguments[name], type)
         ]
         lacking = len(kernel.code.parameters) - len(flat)
         report = kernel.launch(
@@ -360,6 +373,27 @@ class Emulation:
         self.launches.append(report)
         if report.notes and not self.keep_notes:
             raise EmulationError("; ".join(report.notes))
+
+
+@contextmanager
+def _no_machine_code() -> Iterator[None]:
+    """Let Triton stop at the PTX, which saves a third of the time.
+
+    What it makes is kept in a folder of its own: elsewhere somebody would take it for complete.
+    """
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    variable, folder = "TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR")
+    kept = CUDABackend.make_cubin
+    CUDABackend.make_cubin = lambda *args, **options: b""
+    os.environ[variable] = str(_cache() / "ptx")
+    try:
+        yield
+    finally:
+        CUDABackend.make_cubin = kept
+        os.environ.pop(variable)
+        if folder is not None:
+            os.environ[variable] = folder
 
 
 def _flatten(value: Any, type: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.software_gpu import emulator
 
-# Tests of the interpreter, or for what takes minutes on the emulator and is the same at other sizes.
+# Tests of the interpreter, and what takes minutes here and is the same at other sizes.
 LEFT_OUT: dict[str, str] = {}
 
 

@@ -15,7 +15,22 @@ from typing import Any, NamedTuple
 # In the order of the C++ file.
 TYPES = ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "f32", "f64"]
 ROUNDINGS = ["rn", "rz", "rm", "rp"]
-COMPARISONS = "eq ne lt le gt ge equ neu ltu leu gtu geu num nan".split()
+COMPARISONS = [
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equ",
+    "neu",
+    "ltu",
+    "leu",
+    "gtu",
+    "geu",
+    "num",
+    "nan",
+]
 UNSIGNED_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 FLAGS = {"ftz": 1, "sat": 2, "NaN": 4, "relu": 8}
 NEGATE_PREDICATE = 16
@@ -92,7 +107,9 @@ _SEM = r"(?:\.(?P<sem>weak|volatile|relaxed|acquire|release|acq_rel))"
 _SCOPE = r"(?:\.(?P<scope>cta|cluster|gpu|sys))"
 _SPACE = r"\.(?P<space>global|shared)(?:::cta)?"
 _ELEMENT = r"(?:\.(?P<vector>v[248]))?\.(?P<type>[bus](?:8|16|32|64)|f32|f64)"
-_WHERE = r"(?P<where>(?:\.(?:global|shared|shared::cta|cta|gpu|sys|relaxed|acquire|release|acq_rel))+)"
+_WHERE = (
+    r"(?P<where>(?:\.(?:global|shared|shared::cta|cta|gpu|sys|relaxed|acquire|release|acq_rel))+)"
+)
 _SHUFFLES = ["up", "down", "bfly", "idx"]
 _VOTES = ["all", "any", "uni", "ballot"]
 
@@ -250,8 +267,12 @@ _add(
 )
 
 _add("ld", rf"\.param(?P<sem>)(?P<policy>){_ELEMENT}", "{d} [a]", "ld.param", detail=_access)
-_add("ld", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "{d} [a] ~?", "ld.{space}", detail=_access)
-_add("st", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "[a] {a} ~?", "st.{space}", detail=_access)
+_add(
+    "ld", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "{d} [a] ~?", "ld.{space}", detail=_access
+)
+_add(
+    "st", rf"{_SEM}?{_SCOPE}?{_SPACE}{_CACHE}{_ELEMENT}", "[a] {a} ~?", "st.{space}", detail=_access
+)
 for _operation in (
     r"(?P<do>add)(?:\.noftz)?\.(?P<type>[us](?:32|64)|f32|f64|(?:f16|bf16)(?:x2)?)",
     r"(?P<do>min|max)\.(?P<type>[us](?:32|64))",
@@ -270,7 +291,7 @@ _MATRIX = r"\.sync\.aligned\.m8n8\.x(?P<number>[124])(?:\.(?P<trans>trans))?\.sh
 _matrix = {"detail": lambda match: [int(match["number"]), int(bool(match["trans"]))]}
 _add("ldmatrix", _MATRIX, "{d} [a]", "ldmatrix", **_matrix)
 _add("stmatrix", _MATRIX, "[a] {a}", "stmatrix", **_matrix)
-_COPY = rf"\.async\.c[ag]\.shared(?:::cta)?\.global(?P<policy>\.L2::cache_hint)?(?:\.L2::(?:64|128|256)B)?"
+_COPY = r"\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::cache_hint)?(?:\.L2::\d+B)?"
 _add("cp", _COPY, "[a] [a] # a? ~?", "cp.async")
 _add("cp", r"\.async\.commit_group", "", "cp.async.commit_group")
 _add("cp", r"\.async\.wait_group", "#", "cp.async.wait_group")
@@ -289,12 +310,14 @@ _add(
 )
 _add(
     "vote",
-    rf"\.sync\.(?P<how>(?:all|any|uni)(?=\.pred)|ballot(?=\.b32))\.(?:pred|b32)",
+    r"\.sync\.(?P<how>(?:all|any|uni)(?=\.pred)|ballot(?=\.b32))\.(?:pred|b32)",
     "d !p a",
     "vote",
     detail=lambda match: [_VOTES.index(match["how"])],
 )
-_add("redux", r"\.sync\.(?P<how>(?:add|min|max)\.[us]32|(?:and|or|xor)\.b32)", "d a a", "redux.{how}")
+_add(
+    "redux", r"\.sync\.(?P<how>(?:add|min|max)\.[us]32|(?:and|or|xor)\.b32)", "d a a", "redux.{how}"
+)
 _add("activemask", r"\.b32", "d", "activemask")
 _add("elect", r"\.sync", "d|p a", "elect")
 
@@ -356,7 +379,8 @@ class _Reader:
         offset = 0
         for declared in filter(None, (part.strip() for part in text.split(","))):
             match = re.fullmatch(
-                r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)", declared
+                r"\.param\s+\.(\w+)(?:\s+\.ptr(?:\s+\.\w+)?(?:\s+\.align\s+\d+)?)?\s+([\w$]+)",
+                declared,
             )
             if not match:
                 raise Unsupported(declared)
@@ -367,7 +391,9 @@ class _Reader:
 
     def _read_directives(self, text: str) -> None:
         for directive in filter(None, (line.strip() for line in text.splitlines())):
-            match = re.fullmatch(r"\.(reqntid|maxntid|minnctapersm|maxnreg)\s+(\d+)(?:, 1, 1)?", directive)
+            match = re.fullmatch(
+                r"\.(reqntid|maxntid|minnctapersm|maxnreg)\s+(\d+)(?:, 1, 1)?", directive
+            )
             if not match:
                 raise Unsupported(directive)
             if match.group(1) == "reqntid":
@@ -444,7 +470,9 @@ class _Reader:
             names = text.strip("{} ").split("," if role == "{d}" else "|")
             if role == "d" and len(names) > 1:
                 raise Unsupported(text)
-            built["results"] += [-1 if x.strip() == "_" else self._register(x.strip()) for x in names]
+            built["results"] += [
+                -1 if x.strip() == "_" else self._register(x.strip()) for x in names
+            ]
         elif role in ("a", "{a}"):
             parts = text.strip("{} ").split(",") if role == "{a}" else [text]
             built["operands"] += [self._value(part.strip()) for part in parts]

@@ -318,7 +318,9 @@ case("bfind.s32 %z, %a;", [32, 32], (ALL_32, ALL_32), (m(-256), 7))
 case("bfind.shiftamt.u32 %z, %a;", [32, 32], (0x100, 23))
 case("bfe.u32 %z, %a, %b, %c;", [32] * 4, (0xABCD, 4, 8, 0xBC), (0xABCD, 4, 0, 0))
 case("bfe.s32 %z, %a, %b, %c;", [32] * 4, (0x80, 4, 4, m(-8)), (LEAST_32, 28, 8, m(-8)))
-case("bfi.b32 %z, %a, %b, %c, %d;", [32] * 5, (0xF, 0, 28, 8, 0xF0000000), (0, 0xFFFF, 4, 8, 0xF00F))
+case(
+    "bfi.b32 %z, %a, %b, %c, %d;", [32] * 5, (0xF, 0, 28, 8, 0xF0000000), (0, 0xFFFF, 4, 8, 0xF00F)
+)
 
 # --- conversion ---------------------------------------------------------------------------------
 
@@ -392,7 +394,7 @@ case(f"{THIRD} setp.lt.or.s32 %p1, %a, %b, !%p3; {P}", [32] * 4, (2, 1, 0, 1), (
 case(f"{THIRD} setp.lt.xor.s32 %p1, %a, %b, %p3; {P}", [32] * 4, (1, 2, 1, 0), (2, 1, 1, 1))
 case(f"setp.gt.f16x2 %p1|%p2, %a, %b; {TWO}", [32, 32, 32], (PAIR, h(1) << 16 | h(1), 1))
 case(
-    f"setp.ne.b32 %p1, %a, 0; setp.ne.b32 %p2, %b, 0; and.pred %p3, %p1, %p2; not.pred %p4, %p3;"
+    "setp.ne.b32 %p1, %a, 0; setp.ne.b32 %p2, %b, 0; and.pred %p3, %p1, %p2; not.pred %p4, %p3;"
     " selp.b32 %z, 1, 0, %p4; @%p3 add.s32 %z, %z, 8; @!%p1 add.s32 %z, %z, 16;",
     [32, 32, 32],
     *[(1, 1, 8), (1, 0, 1), (0, 1, 17)],
@@ -453,7 +455,8 @@ def test_special_registers() -> None:
     out = torch.zeros(4, 64, dtype=torch.int32)
     body = """
         mov.u32 %r2, %laneid; mov.u32 %r3, %warpid; mov.u32 %r4, %ntid.x; mov.u32 %r5, %nctaid.x;
-        mad.lo.s32 %r1, %r3, 100, %r2; mad.lo.s32 %r1, %r4, 1000, %r1; mad.lo.s32 %r1, %r5, 100000, %r1;
+        mad.lo.s32 %r1, %r3, 100, %r2; mad.lo.s32 %r1, %r4, 1000, %r1;
+        mad.lo.s32 %r1, %r5, 100000, %r1;
         mad.lo.s32 %t, %q, %r4, %t;"""
     run(body + STORE, out, grid=4, threads=64)
     assert out.tolist() == [[464000 + lane // 32 * 100 + lane % 32 for lane in range(64)]] * 4
@@ -538,7 +541,8 @@ def test_vectors() -> None:
     for kind, parts in (("v4.b32", "%r1, %r2, %r3, %r4"), ("v2.b64", "%d4, %d5")):
         out = torch.zeros_like(given)
         run(
-            f"{AT.format(16)} ld.global.{kind} {{{parts}}}, [%d2]; st.global.{kind} [%d3], {{{parts}}};",
+            f"{AT.format(16)} ld.global.{kind} {{{parts}}}, [%d2];"
+            f"st.global.{kind} [%d3], {{{parts}}};",
             *(given, out),
         )
         assert torch.equal(out, given)
@@ -632,7 +636,9 @@ def test_atomics(operation: str, width: int, before: int, given: int, after: int
     """All 32 lanes at one address."""
     memory = torch.tensor([signed(before, width)], dtype=DTYPES[width])
     register = {16: "%h1", 32: "%r1", 64: "%d1"}[width]
-    body = f"mov.b{width} {register}, {given}; red.global.gpu.relaxed.{operation} [%x0], {register};"
+    body = (
+        f"mov.b{width} {register}, {given}; red.global.gpu.relaxed.{operation} [%x0], {register};"
+    )
     report = run(body, memory)
     assert m(memory.item(), width) == after
     assert report.atomics == 32
@@ -657,7 +663,8 @@ def test_compare_and_swap(width: int) -> None:
 
 def test_atomics_in_shared_memory() -> None:
     found = of_lanes(
-        "mov.u32 %r2, memory; setp.eq.u32 %p1, %t, 0; mov.b32 %r3, 1; @%p1 st.shared.b32 [%r2], %r3;"
+        "mov.u32 %r2, memory; setp.eq.u32 %p1, %t, 0; mov.b32 %r3, 1;"
+        "@%p1 st.shared.b32 [%r2], %r3;"
         "bar.sync 0; atom.shared.add.u32 %r4, [%r2], %r3; bar.sync 0; ld.shared.b32 %r1, [%r2];",
         threads=64,
         shared=4,
@@ -804,7 +811,8 @@ def test_an_addition_that_is_not_atomic_is_a_race() -> None:
 def test_writes_of_the_same_and_reads_alone_are_no_race() -> None:
     out, flag = torch.zeros(32, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     run(f"st.global.b32 [%x1], 1; mov.b32 %r1, 4;{STORE}", out, flag, grid=5)
-    run(f"ld.global.b32 %r1, [%x1]; setp.eq.u32 %p1, %q, 0; @!%p1 bra over;{STORE} over:", out, flag, grid=5)  # fmt: skip
+    body = f"ld.global.b32 %r1, [%x1]; setp.eq.u32 %p1, %q, 0; @!%p1 bra over;{STORE} over:"
+    run(body, out, flag, grid=5)
     assert out.tolist() == [1] * 32
 
 
@@ -819,7 +827,8 @@ def test_what_an_acquire_orders_is_not_judged() -> None:
 def test_a_store_that_another_warp_reads_wants_a_barrier() -> None:
     """In global memory as in shared memory."""
     body = "mul.wide.u32 %d1, %t, 4; add.s64 %d1, %d1, %x1; st.global.b32 [%d1], %t; {}" + (
-        "xor.b32 %r2, %t, 32; mul.wide.u32 %d1, %r2, 4; add.s64 %d1, %d1, %x1; ld.global.b32 %r1, [%d1];"
+        "xor.b32 %r2, %t, 32; mul.wide.u32 %d1, %r2, 4; add.s64 %d1, %d1, %x1;"
+        "ld.global.b32 %r1, [%d1];"
     )
     buffers = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     run(body.format("bar.sync 0;") + STORE, *buffers, threads=64)
