@@ -69,6 +69,7 @@ SLOW = [
     "perf/test_train.py",
     "reference/test_lookup.py",
     "reference/test_reference.py",
+    "software_gpu",
 ]
 
 

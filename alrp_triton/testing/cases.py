@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from alrp_triton import alrp_loss, backend
 from alrp_triton.reference import breakpoints, layout, pairwise
@@ -63,7 +64,9 @@ def draw_case(
     """Draw a call as at a stage of training: (anchors, classes) logits and class indices."""
     torch.manual_seed(0)
     logits, targets = _draw(size, distribution)
-    return find([logits.to(device, dtype)[:, :, None]], [targets.to(device)[:, None]], delta)
+    # Made on the CPU, so that it is the same case on a device that computes nothing, or wrongly.
+    case = find([logits.to(dtype)[:, :, None]], [targets[:, None]], delta)
+    return tree_map_only(Tensor, lambda x: x.to(device), case)
 
 
 def draw_in_images(*arguments: Any) -> Case:

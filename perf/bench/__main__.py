@@ -13,6 +13,7 @@ import torch
 from alrp_triton.testing.workloads import CELLS
 
 from .. import arguments
+from . import host_time
 from .authors_code import load
 from .real_boxes import coco_images, retinanet_call
 from .report import SUFFIXES, to_markdown, write
@@ -80,6 +81,8 @@ def main(given: Sequence[str] | None = None) -> int:
     report = run(CELLS[options.cells], variants, options.device, options.rounds, until)
     report["goals"] = verify(report["rows"], STANDARDS[options.cells])
     report["retinanet"] = call
+    if options.cells != _TOY:
+        report["host"] = host_time.measure()
     print(to_markdown(report))
     for path in write(report, options.out, options.name):
         print(path, file=sys.stderr)

@@ -35,6 +35,22 @@ SUFFIXES = ("json", "md", "png")  # of what is written
 
 _GOAL_COLUMNS = ("what", "to reach", "found", "reached", "where")
 
+_HOST_COLUMNS = (
+    "variant",
+    "us of the host",
+    "least",
+    "its time / fused focal's",
+    "operations of the device",
+    "allocations",
+    "waits",
+)
+
+_HOST_NOTE = (
+    "Forward + backward of a small call on a runtime whose kernels do nothing: Python, torch and "
+    "Triton's\nlauncher are real, the driver's share is missing. No time of a GPU; only the ratio "
+    "means anything.\n"
+)
+
 _NOTES = f"""\
 Each row is forward + backward of one call. ms: median of the runs, which are interleaved with those
 of the other variants; a variant whose gradient or value is not the reference's gets no time. its
@@ -78,6 +94,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         parts.append(f"## {dtype}, delta = {delta:g}\n\n{_table(_COLUMNS, map(_cells, rows))}\n")
     if algorithms := [*compared(report["rows"])]:
         parts.append(f"## Pairwise against breakpoints\n\n{_both_algorithms(algorithms)}\n")
+    if host := report.get("host"):
+        parts.append(f"## Host time on a runtime whose kernels do nothing\n\n{_host(host)}\n")
     if report["dropped"]:
         left_out = "\n".join(map(_say_dropped, report["dropped"]))
         parts.append(f"## Left out\n\n{left_out}\n")
@@ -109,6 +127,24 @@ def _both_algorithms(cells: list[tuple[str, dict[str, float]]]) -> str:
         for cell, seconds in cells
     ]
     return _table(("cell", *(f"{name}, ms" for name in columns)), rows)
+
+
+def _host(host: dict[str, Any]) -> str:
+    if "why" in host:
+        return f"Not measured: {host['why']}"
+    rows = [
+        (
+            row["variant"],
+            f"{row['microseconds']:.0f}",
+            f"{row['least_microseconds']:.0f}",
+            f"{row['times_focal']:.3g}",
+            str(row["operations"]),
+            str(row["allocations"]),
+            str(row["synchronisations"]),
+        )
+        for row in host["rows"]
+    ]
+    return f"{_HOST_NOTE}\n{_table(_HOST_COLUMNS, rows)}"
 
 
 def _goal_cells(goal: dict[str, Any]) -> tuple[str, ...]:

@@ -16,19 +16,22 @@ from alrp_triton.kernels.tuning import files
 from .. import arguments, timing
 from .context import Context, Rehearsal
 from .runner import _FILES, _RESULTS, failures, run, table
-from .steps import STEPS
+from .steps import FIRST, STEPS, chosen
 
 
 def make_parser() -> arguments.Parser:
     parser = arguments.Parser("gpu", __doc__)
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy sizes")
     parser.add_argument(
+        "--first", action="store_true", help="what decides most, in four minutes; then the rest"
+    )
+    parser.add_argument(
         "--out", type=arguments.folder, help="folder (default: perf/results/gpu/<GPU>)"
     )
     parser.add_argument(
         "--minutes", type=arguments.minutes, help="at most (default: 9; to rehearse, 90)"
     )
-    names = [step.name for step in STEPS]
+    names = list(dict.fromkeys(step.name for step in (*FIRST, *STEPS)))
     parser.add_argument("--only", nargs="+", metavar="STEP", choices=names, action=arguments.Each,
                         help=f"these steps alone: {', '.join(names)}")  # fmt: skip
     return parser
@@ -42,7 +45,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("no CUDA or ROCm device: --rehearse walks the steps without one")
     # A rehearsal shows that every step can be walked, on a machine however slow.
     options.minutes = options.minutes or (90.0 if options.rehearse else 9.0)
-    options.steps = [step for step in STEPS if options.only is None or step.name in options.only]
+    options.steps = chosen(options.first, options.only)
+    if not options.steps:
+        parser.error("argument --only: expected a step of this run: some are of --first alone")
     return options
 
 

@@ -161,18 +161,20 @@ class Call:
             self.settings["groups"] = list(case.groups)
         if padding is not None:
             pad = partial(torch.nn.functional.pad, pad=(0, padding))
-            found = [target.reshape(-1) for target in case.targets]
+            found = [target.reshape(-1).cpu() for target in case.targets]
             positives = torch.cat(found).ge(0).nonzero()[:, 0]
-            self.settings["positives"] = pad(positives, value=-1)
+            self.settings["positives"] = pad(positives, value=-1).to(self.loc_errors.device)
             self.loc_errors = pad(self.loc_errors, value=torch.nan)
         self.loc_errors.requires_grad_()
         self.losses: tuple[Tensor, ...] = ()
 
     def forward(self) -> Tensor:
-        self.losses = alrp_loss(
+        cls, loc = alrp_loss(
             self.logits, self.case.targets, self.loc_errors, self.case.delta, **self.settings
         )
-        return self.losses[0] + self.losses[1]
+        # Kept without their graph: torch refuses to capture while one of another stream is alive.
+        self.losses = cls.detach(), loc.detach()
+        return cls + loc
 
     def step(self) -> None:
         for leaf in (*self.logits, self.loc_errors):
@@ -182,4 +184,4 @@ class Call:
     def results(self) -> list[Tensor]:
         """Return the values, and the gradients by logits and by loc_errors."""
         leaves = (*self.logits, self.loc_errors)
-        return [*(x.detach() for x in self.losses), *map(gradient_of, leaves)]
+        return [*self.losses, *map(gradient_of, leaves)]

@@ -92,7 +92,7 @@ def timings(context: Context) -> Iterator[Task]:
                 yield Task(name, partial(_time, context, drawn, algorithm, kernels))
         drawn = partial(cases.draw_case, context.sizes.full, "mid", torch.float32, context.device)
         yield Task(
-            f"{algorithm} mid float32, kernels", partial(_profile, context, drawn, algorithm)
+            f"{algorithm} mid float32, kernels", partial(profile_kernels, context, drawn, algorithm)
         )
 
 
@@ -124,7 +124,8 @@ def _time(
     }
 
 
-def _profile(context: Context, draw: Callable[[], Case], algorithm: str) -> dict[str, Any]:
+def profile_kernels(context: Context, draw: Callable[[], Case], algorithm: str) -> dict[str, Any]:
+    """Launches and microseconds by kernel, of one call."""
     call = Call(draw(), algorithm)
     call.step()
     with profile(activities=list({ProfilerActivity.CPU, context.activity})) as record:

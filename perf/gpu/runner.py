@@ -35,6 +35,11 @@ _FILES = (
 _MARGIN = 6.0  # seconds of the budget that are kept for ending
 _LATE = 20.0  # seconds by which a task may pass its step's share before it counts as hung
 _STARTING, _BETWEEN = "(start of the process)", "(between two tasks)"
+# Steps whose figures stand in the table.
+_MEASURE = (
+    "machine", "launches", "first rates", "beside focal", "profiles",
+    "memory", "timings", "rates", "benchmark", "tuning",
+)  # fmt: skip
 _SHOWN = 100  # characters of an error in the table
 
 Report = dict[str, Any]
@@ -275,7 +280,7 @@ def table(report: Report) -> str:
     lines = ["REHEARSAL on a CPU: no figure here is one of a GPU"] if report["rehearsal"] else []
     lines += [line(entry) for entry in report["steps"]]
     for entry in report["steps"]:
-        if entry["name"] in ("machine", "memory", "timings", "rates", "benchmark", "tuning"):
+        if entry["name"] in _MEASURE:
             lines += ["", f"{entry['name']}:"]
             for row in entry["rows"]:
                 lines.append(f"  {row['task']}: {(_figures if row.get('ok', True) else _why)(row)}")

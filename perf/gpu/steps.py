@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import checks, measurements
+from . import checks, first, measurements
 from .context import Context, Task
 
 
@@ -17,6 +17,17 @@ class Step(NamedTuple):
     seconds: float  # what it may take
     required: bool = False  # has to run to its end, whatever is left for the others
 
+
+# Of `--first`: less than four minutes together, kernels still to be compiled.
+FIRST = (
+    Step("machine", measurements.about, 20),
+    Step("launches", first.launches, 10),
+    Step("first rates", first.memory, 25),
+    Step("first parity", first.parity, 40),
+    Step("beside focal", first.beside_focal, 80),
+    Step("profiles", first.profiles, 20),
+    Step("first captures", first.captures, 20),
+)
 
 # In the order of their worth: what the design hangs on, what has to be right, what the package
 # promises, the rest. The seconds are those of a GPU, kernels still to be compiled; what does not
@@ -39,3 +50,9 @@ STEPS = (
     Step("assertions", checks.assertions, 40),
     Step("tests", checks.tests, 150),
 )
+
+
+def chosen(first: bool, only: list[str] | None) -> tuple[Step, ...]:
+    """Return the steps in their order, the first answers before the rest; or those named."""
+    steps = (*FIRST, *(step for step in STEPS if step not in FIRST)) if first else STEPS
+    return tuple(step for step in steps if only is None or step.name in only)

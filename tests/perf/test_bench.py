@@ -319,6 +319,7 @@ def test_a_missed_goal_ends_in_exit_status_1(goals, status, last, tmp_path, caps
     monkeypatch.setattr(command, "VARIANTS", {OURS: VARIANTS[OURS]})
     monkeypatch.setattr(command, "verify", lambda rows, standard: goals)
     monkeypatch.setattr(command, "CELLS", CELLS | {"cpu": (TINY,)})
+    monkeypatch.setattr(command.host_time, "measure", lambda: {"why": "not here"})
     options = ["--cells", "cpu", "--rounds", "1", "--out", str(tmp_path), "--device", "cpu"]
     assert main(options) == status
     assert json.loads((tmp_path / "bench-cpu.json").read_text())["goals"] == goals

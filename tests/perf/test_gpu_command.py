@@ -225,6 +225,70 @@ def test_rehearsal(tmp_path, capsys):
             assert all(row["ok"] is True for row in step["rows"])
 
 
+def test_first_answers(tmp_path, capsys):
+    """Everything that --first asks before the rest; required is none of it, so that it is short."""
+    names = [step.name for step in steps.FIRST]
+    assert sum(step.seconds for step in steps.FIRST) <= 240 - gpu._MARGIN
+    assert not any(step.required for step in steps.FIRST)
+    status = main(["--rehearse", "--first", "--out", str(tmp_path), "--only", *names])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 0, printed
+    rows = {step["name"]: step["rows"] for step in report["steps"]}
+    assert list(rows) == names
+    assert [len(rows[name]) for name in names] == [2, 3, 8, 3, 4, 2, 2]
+    for launched in (rows["launches"][0], rows["launches"][2]):
+        assert launched["host_microseconds"] > 0
+    for row in rows["beside focal"]:
+        assert row["times_focal"].keys() == {"host", "eager", "graph"}
+
+
+def test_the_first_answers_come_before_the_rest_and_nothing_twice():
+    order = [step.name for step in steps.chosen(first=True, only=None)]
+    assert order[: len(steps.FIRST)] == [step.name for step in steps.FIRST]
+    assert order[len(steps.FIRST) :] == [step.name for step in steps.STEPS[1:]]
+    assert steps.chosen(first=False, only=None) == steps.STEPS
+
+
+@pytest.mark.parametrize("wrong", ["alrp_triton", "focal, fused"])
+def test_a_first_time_is_taken_even_of_what_is_wrong(wrong, tmp_path, monkeypatch):
+    """And its row is marked."""
+    variants = importlib.import_module("perf.bench.variants")
+    first = importlib.import_module("perf.gpu.first")
+    honest = variants.VARIANTS["breakpoints, torch"]
+    off = honest._replace(
+        bind=lambda inputs: lambda logits: 1.01 * honest.bind(inputs)(logits),
+    )
+    table = {"alrp_triton": honest, "focal, fused": honest, wrong: off}
+    monkeypatch.setattr(variants, "VARIANTS", table)
+    task = next(first.beside_focal(Rehearsal(tmp_path)))
+    row = task.run()
+    assert not row["ok"]
+    for name in table:
+        assert row[name]["right"] == (name != wrong)
+        assert row[name]["eager_microseconds"] > 0
+    step = {"name": "beside focal", "required": False, "status": "failed", "seconds": 1.0}
+    report = {"rehearsal": False, "steps": [step | {"rows": [{"task": task.name, **row}]}]}
+    (failure,) = gpu.failures(report)
+    assert failure.startswith(f"beside focal: {task.name}")
+    assert "eager_microseconds" in gpu.table(report)
+
+
+def test_a_capture_that_fails_leaves_the_other_times(tmp_path, monkeypatch):
+    first = importlib.import_module("perf.gpu.first")
+    context = Rehearsal(tmp_path)
+
+    def refuse(step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(context, "capture", refuse)
+    task = list(first.launches(context))[2]
+    row = task.run()
+    assert row["eager_microseconds"] > 0
+    assert "not permitted" in row["no_graph"]
+    assert "graph_microseconds" not in row
+
+
 def row(variant, distribution, **changed):
     cell = {"dtype": "float32", "N": 60, "P": 5, "delta": 1.0, "distribution": distribution}
     measured = {"parity": True, "seconds": 0.5, "extra_bytes": None}

@@ -1,0 +1,71 @@
+"""Runs tests with kernels as compiled, on the emulator.
+
+    python -m pytest -n 0 -p tests.software_gpu.emulator_plugin --emulate sm_90 tests/kernels
+
+A test fails if the emulator finds a race, an access out of bounds and the like, whatever comes out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import pytest
+
+from tests.software_gpu import emulator
+
+# Tests of the interpreter, and what takes minutes here and is the same at other sizes.
+LEFT_OUT: dict[str, str] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("emulator")
+    group.addoption("--emulate", default="sm_90", metavar="TARGET", help="sm_80, sm_90")
+    group.addoption(
+        "--order",
+        default=emulator.ASCENDING,
+        type=int,
+        help="of programs: 0 ascending, 1 descending, else the seed of a random one",
+    )
+    group.addoption("--interleaved", default=1, type=int, help="programs that take turns")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def emulation(request: pytest.FixtureRequest) -> Iterator[emulator.Emulation]:
+    """What runs the kernels of all tests."""
+    if reason := emulator.missing():
+        pytest.skip(reason)
+    from alrp_triton.kernels.tuning import files
+    from alrp_triton.kernels.tuning.block_sizes import default_breakpoint_tiles, default_tiles
+
+    option = request.config.getoption
+    major = int(option("--emulate").removeprefix("sm_")) // 10
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(  # those of a GPU: the interpreter's are larger
+            files,
+            "defaults_for",
+            lambda device, dtype: files.Defaults(
+                default_tiles(32, major), default_breakpoint_tiles(32, dtype)
+            ),
+        )
+        options = {"order": option("--order"), "concurrent": option("--interleaved")}
+        with emulator.emulated(option("--emulate"), **options) as running:
+            yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, reason in LEFT_OUT.items():
+            if name in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # Of the fixture, which is gone by now.
+    for line in EMULATED:
+        terminalreporter.write_line(line)
+
+
+EMULATED: list[str] = []
