@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from alrp_triton import backend
+from alrp_triton.testing import interpreter
 
 # The cores are shared out, here and in the processes that tests start.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -23,6 +24,8 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if not backend._INTERPRETS:
         sys.modules["triton"] = None  # the tests that need it are skipped
+if os.environ.get("TRITON_INTERPRET") == "1" and backend._INTERPRETS:
+    interpreter.speed_up()
 
 # How many generated cases, and which: the same each time, or new ones from a seed that is printed.
 # No case is too slow, and none is kept for the next run.
