@@ -11,7 +11,7 @@ from typing import Any
 @functools.cache  # once is enough
 def speed_up() -> None:
     """Leave that out in this process."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     language, patch = interpreter.tl, interpreter._patch_lang
 
     def patch_once(function: Any) -> Any:
