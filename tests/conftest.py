@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from alrp_triton import backend
+from alrp_triton.testing import interpreter
+from tests.machine_code.figures import compile_apart
+from tests.profiles import FULL, PROFILE
 
 # The cores are shared out, here and in the processes that tests start.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -23,10 +29,11 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if not backend._INTERPRETS:
         sys.modules["triton"] = None  # the tests that need it are skipped
+if os.environ.get("TRITON_INTERPRET") == "1" and backend._INTERPRETS:
+    interpreter.speed_up()
 
 # How many generated cases, and which: the same each time, or new ones from a seed that is printed.
 # No case is too slow, and none is kept for the next run.
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 COMMON = {
     "deadline": None,
     "database": None,
@@ -73,12 +80,23 @@ SLOW = [
 ]
 
 
+SLOW_PATHS = {Path(__file__).parent / name for name in SLOW}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import what `-m "not slow"` leaves out."""
+    return (config.option.markexpr == "not slow" and collection_path in SLOW_PATHS) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, and count them as skipped, on a machine without one."""
-    folder = Path(__file__).parent
-    slow = {folder / name for name in SLOW}
+    """Skip tests marked `gpu`, and count them as skipped, on a machine without one.
+
+    Those marked `full` are left out, but for the profiles that leave out nothing.
+    """
+    if not FULL:
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     for item in items:
-        if slow & {item.path, *item.path.parents}:
+        if SLOW_PATHS & {item.path, *item.path.parents}:
             item.add_marker(pytest.mark.slow)
     if HAS_GPU:
         return
@@ -86,3 +104,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """{target: figures} of a file in machine_code; of pytest-xdist's processes, one compiles."""
+    folder = tmp_path_factory.getbasetemp()
+    if WORKERS > 1:
+        folder = folder.parent
+    module = f"tests.machine_code.{request.path.stem}"
+    found = folder / f"{module}.json"
+    with FileLock(f"{found}.lock"):
+        if not found.exists():
+            found.write_text(json.dumps(compile_apart(module)))
+    return json.loads(found.read_text())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +22,18 @@ DISTRIBUTIONS = {
     "late": ((-9.0, 1.5), (1.5, 1.5)),
     "spread": ((0.0, 2.0), (0.0, 2.0)),
 }
+
+
+def halved(*axes: Iterable[Any]) -> list[Any]:
+    """Return each combination of the values, for parametrize; every second one is marked `full`.
+
+    As on a chessboard: each value remains, and of three axes each pair of values.
+    """
+    cases = []
+    for places in itertools.product(*map(enumerate, axes)):
+        numbers, values = zip(*places, strict=True)
+        cases.append(pytest.param(*values, marks=pytest.mark.full if sum(numbers) % 2 else ()))
+    return cases
 
 
 def detector_batch(

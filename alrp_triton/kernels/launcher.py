@@ -1,9 +1,8 @@
 """Launching a kernel past Triton's JIT, which takes most of a small call's time on the host.
 
-The JIT binds every argument by name, asks what each is specialised on, and looks the compiled kernel
-up by all of that: 4 us and 0.4 us an argument. Kernels of this package specialise on nothing
-(`language.jit`), so dtypes, constants and the width of integers are all that tells one compiled kernel
-from another.
+The JIT binds every argument by name, asks what each is specialised on, and looks the compiled
+kernel up by all of that. Kernels of this package specialise on nothing (`language.jit`), so dtypes,
+constants and the width of integers are all that tells one compiled kernel from another.
 """
 
 from collections.abc import Callable

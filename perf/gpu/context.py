@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from alrp_triton import alrp_loss
-from alrp_triton.testing import cases, launches
+from alrp_triton.testing import cases, interpreter, launches
 from alrp_triton.testing.cases import Size
 from alrp_triton.testing.kernel_tolerance import Case, gradient_of
 
@@ -125,6 +125,7 @@ class Rehearsal(Context):
     def __init__(self, out: Path) -> None:
         super().__init__(out)
         self.device = torch.device("cpu")
+        interpreter.speed_up()
 
     def check_health(self) -> None:
         pass

@@ -30,7 +30,7 @@ Call = Callable[[], object]
 
 
 def launches(context: Context) -> Iterator[Task]:
-    """What a launch costs: Triton's and torch's, on the host, in a stream and in a graph."""
+    """Measure what a launch costs: Triton's and torch's, on the host, in a stream, in a graph."""
     yield Task("empty kernel, JIT", partial(_launch_empty, context, direct=False))
     yield Task("empty kernel, compiled", partial(_launch_empty, context, direct=True))
     yield Task("small operators of torch", partial(_launch_torch, context))
@@ -95,7 +95,7 @@ def memory(context: Context) -> Iterator[Task]:
 
 
 def parity(context: Context) -> Iterator[Task]:
-    """The operators and losses of the middle of a training, at full size."""
+    """Check the operators and losses of the middle of a training, at full size."""
     number = context.sizes.full.anchors * context.sizes.full.classes
     wanted = [("breakpoints", "float32"), ("breakpoints", "bfloat16"), ("pairwise", "float32")]
     shown = f"{number:,} x {context.sizes.full.positives:,}"
@@ -142,7 +142,7 @@ def profiles(context: Context) -> Iterator[Task]:
 
 
 def captures(context: Context) -> Iterator[Task]:
-    """That the host does not wait, and that a graph replays the eager bits; one call of each."""
+    """Check that the host does not wait, and that a graph replays the eager bits; one call each."""
     for what, tasks in (("unwaiting", checks.synchronisations), ("graph", checks.graph)):
         for task in itertools.islice(tasks(context), 1):
             yield task._replace(name=f"{what}: {task.name}")

@@ -125,7 +125,7 @@ def _time(
 
 
 def profile_kernels(context: Context, draw: Callable[[], Case], algorithm: str) -> dict[str, Any]:
-    """Launches and microseconds by kernel, of one call."""
+    """Return launches and microseconds by kernel, of one call."""
     call = Call(draw(), algorithm)
     call.step()
     with profile(activities=list({ProfilerActivity.CPU, context.activity})) as record:

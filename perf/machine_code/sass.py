@@ -19,6 +19,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,15 +80,25 @@ class Loop(NamedTuple):
         return self.opcodes.total()
 
 
-class Code(NamedTuple):
+@dataclass
+class Code:
     """A compiled kernel."""
 
-    assembly: str  # SASS, or amdgcn
     registers: int  # vector registers a thread
     spills: int  # NVIDIA: instructions that touch local memory; AMD: vector registers spilled
     shared: int  # bytes a block
     layouts: str  # Triton's GPU dialect, which says what thread holds what
-    loops: list[Loop]  # in the order of their first instruction; NVIDIA only
+    disassemble: Callable[[], str]  # takes as long as to compile, so only for what asks
+
+    @cached_property
+    def assembly(self) -> str:
+        """SASS, or amdgcn."""
+        return self.disassemble()
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """In the order of their first instruction; NVIDIA only."""
+        return _loops(*_parse(self.assembly))
 
 
 @contextmanager
@@ -151,20 +163,18 @@ def _specialise(launch: Launch, backend: BaseBackend) -> tuple[Any, dict, dict, 
 
 
 def _read_cubin(cubin: bytes, shared: int, layouts: str) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = _run("nvdisasm", "-c", file.name)
-        usage = _run("cuobjdump", "-res-usage", file.name)
-    instructions, labels = _parse(sass)
-    return Code(
-        assembly=sass,
+    usage = _run("cuobjdump", "-res-usage", cubin)
+    code = Code(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        spills=sum(x.opcode.startswith(("LDL", "STL")) for x in instructions),
+        spills=0,
         shared=shared,
         layouts=layouts,
-        loops=_loops(instructions, labels),
+        disassemble=partial(_run, "nvdisasm", "-c", cubin),
     )
+    if not re.search(r"STACK:0 .*LOCAL:0 ", usage):
+        instructions, _ = _parse(code.assembly)
+        code.spills = sum(x.opcode.startswith(("LDL", "STL")) for x in instructions)
+    return code
 
 
 def _read_amdgcn(assembly: str, shared: int, layouts: str) -> Code:
@@ -173,11 +183,15 @@ def _read_amdgcn(assembly: str, shared: int, layouts: str) -> Code:
 
     # A scalar register that is kept in a lane of a vector register costs no memory: no spill.
     registers, spills = count("vgpr_count"), count("vgpr_spill_count")
-    return Code(assembly, registers, spills, shared, layouts, loops=[])
+    return Code(registers, spills, shared, layouts, disassemble=lambda: assembly)
 
 
-def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True)
+def _run(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_TOOLS / tool, option, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 

@@ -106,6 +106,7 @@ def test_files_that_documents_name_exist(document):
         assert (ROOT / document).parent.joinpath(path).exists(), path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("mkdocstrings")),
     reason="mkdocs and mkdocstrings are not installed: pip install -e .[docs]",

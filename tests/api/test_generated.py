@@ -20,7 +20,7 @@ from strategies import Description, Level, build
 from alrp_triton import backend
 
 # Examples of a test: a case takes a second or more in the interpreter, 0.05 s in torch.
-SCALE = {"fast": 1, "ci": 8, "long": 100}[PROFILE]
+SCALE = {"fast": 1, "ci": 4, "long": 100}[PROFILE]
 IN_TORCH = {"small": 80, "lowered": 90, "nan": 40, "sizes": 40}
 IN_INTERPRETER = {"small": 4, "lowered": 3, "nan": 2}
 ON_A_GPU = {**IN_TORCH, "small sizes": 20}

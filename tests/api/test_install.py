@@ -217,7 +217,7 @@ def test_the_source_distribution_builds_the_same_wheel(packed, tmp_path):
 def test_the_source_distribution_runs_its_tests(packed):
     """All of them are found, and those pass that read data and look for what documents name."""
     _, unpacked, _ = packed
-    pytest_here = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest_here = (sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider")
     names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     listed = run(*pytest_here, "--collect-only", "tests", cwd=unpacked)
     assert names - set(re.findall(r"test_\w+\.py", listed)) == set()

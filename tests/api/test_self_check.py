@@ -16,6 +16,7 @@ check = importlib.import_module("alrp_triton.__main__")
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_command_tells_versions_and_choices():
     done = subprocess.run(
         [sys.executable, "-m", "alrp_triton"], capture_output=True, text=True, check=False

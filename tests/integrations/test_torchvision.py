@@ -380,11 +380,13 @@ def run_python(code: str, *path: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_torchvision():
     code = "import alrp_triton; assert 'torchvision' not in sys.modules"
     assert run_python(code).returncode == 0
 
 
+@pytest.mark.slow
 def test_torchvision_missing_or_built_for_another_torch(tmp_path):
     importing = "import alrp_triton.integrations.torchvision"
     missing = run_python(f"sys.modules['torchvision'] = None\n{importing}")

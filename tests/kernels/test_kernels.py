@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from examples import halved
 from torch import Tensor
 
 from alrp_triton.reference import layout
@@ -165,9 +166,14 @@ BATCH, CLASSES, PLACES = 5, 3, 5
 FORMS = [class_indices, per_logit]
 
 
-@pytest.mark.parametrize("delta", [0.0, 1e-3, 0.25, 1.0])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "form", "delta"),
+    halved(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+        FORMS,
+        [0.0, 1e-3, 0.25, 1.0],
+    ),
+)
 def test_every_dtype_and_step(dtype: torch.dtype, form: Callable, delta: float) -> None:
     logits = 2 * torch.randn(BATCH, CLASSES, PLACES)
     check(make(logits.to(dtype), form(BATCH, CLASSES, PLACES), delta))
@@ -210,8 +216,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("name", "form"), halved(LAYOUTS, FORMS))
 def test_every_layout(name: str, form: Callable) -> None:
     logits = LAYOUTS[name]()
     check(make(logits, form(*logits.shape), 1.0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from examples import halved
 from torch import Tensor
 
 from alrp_triton import alrp_loss
@@ -75,9 +76,9 @@ def draw(delta: float, dtype: torch.dtype, grouped: bool = False, number: int = 
     return budgets.group(case, [torch.randint(0, 3, targets.shape)]) if grouped else case
 
 
-@pytest.mark.parametrize("algorithm", ["pairwise", "breakpoints"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(
+    ("delta", "dtype", "algorithm"), halved(DELTAS, DTYPES, ["pairwise", "breakpoints"])
+)
 def test_count_and_gradient(delta: float, dtype: torch.dtype, algorithm: str) -> None:
     # Only without groups are bit patterns looked up.
     check(draw(delta, dtype, grouped=dtype == torch.float32 and delta > 1), algorithm)

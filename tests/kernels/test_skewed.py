@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from examples import halved
 from torch import Tensor
 
 from alrp_triton import error_driven_loss
@@ -102,14 +103,14 @@ def _with_powers(case: Case) -> Call:
     return Call(case, powers)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("name", [name for name in CASES if "inf" not in name])
+@pytest.mark.parametrize(
+    ("name", "grouped"), halved([name for name in CASES if "inf" not in name], [False, True])
+)
 def test_mass_and_gradient_are_within_what_they_round(name: str, grouped: bool) -> None:
     check(draw(name, grouped))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("delta", DELTAS)
+@pytest.mark.parametrize(("delta", "dtype"), halved(DELTAS, DTYPES))
 def test_every_delta_with_scores_of_every_magnitude(delta: float, dtype: torch.dtype) -> None:
     """The weights are D(i) / (Z mass(i)), or a float could not hold what they are multiplied by."""
     call = _with_powers(draw_around(delta, dtype))

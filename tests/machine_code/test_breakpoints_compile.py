@@ -1,24 +1,19 @@
 """Every breakpoint kernel compiles ahead of time for GPUs that are not here; its code is read.
 
-As in `test_kernels_compile`: `python -m tests.machine_code.test_breakpoints_compile sm_90`.
+See `figures`: `python -m tests.machine_code.test_breakpoints_compile sm_90`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from alrp_triton.reference.layout import Batch
+from tests.machine_code.figures import TARGETS, THOROUGH, cases_for, print_figures
 
 pytest.importorskip("triton")
-
-from tests.machine_code.test_kernels_compile import TARGETS, run_all
-
-MODULE = "tests.machine_code.test_breakpoints_compile"
 
 # (logits, targets, targets per logit, delta): each dtype, each form of targets, the hard step.
 CASES = {
@@ -34,12 +29,26 @@ CASES = {
     "grouped marked": ("float32", "float32", True, 1.0),
     "grouped float64": ("float64", "int64", False, 1.0),
 }
+SOME = ("float32", "marked bfloat16", "grouped float64")
 KERNELS = {
     "_merge_kernel", "_table_kernel", "_count_kernel", "_pattern_sums_kernel",
     "_fold_kernel", "_points_kernel", "_stretch_kernel", "_integral_kernel", "_finish_kernel",
     "_slopes_kernel", "_linear_pieces_kernel", "_pattern_gradient_kernel", "_gradient_kernel",
     "_clear_kernel", "_positive_grads_kernel",
 }  # fmt: skip
+
+
+# Instructions a logit on sm_90, at most.
+MOST = {
+    ("_count_kernel", "float32"): 70,
+    ("_count_kernel", "marked"): 70,
+    ("_count_kernel", "bfloat16"): 40,
+    ("_count_kernel", "marked bfloat16"): 40,
+    ("_count_kernel", "float16"): 40,
+    ("_gradient_kernel", "float32"): 45,
+    ("_gradient_kernel", "bfloat16"): 8,
+    ("_gradient_kernel", "float16"): 8,
+}
 
 
 def _call(case: str, target: str, positives: int = 1000, shape: tuple = (4, 20, 100)) -> list:
@@ -76,7 +85,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
 
     figures: dict[str, dict[str, Any]] = {}
     seen = set()
-    for case in CASES:
+    for case in cases_for(target, CASES, SOME):
         for launch in _call(case, target):
             name, variant = launch.kernel.fn.__name__, sass.variant(launch, target)
             if (name, variant) in seen:
@@ -86,7 +95,7 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
             figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
             if name in ("_count_kernel", "_gradient_kernel"):
                 figure["scattered"] = sass.scattered(code)
-            if target.startswith("sm") and "scattered" in figure:
+            if target == "sm_90" and (name, case) in MOST:
                 side = name.strip("_").removesuffix("_kernel")
                 figure["per_logit"] = a_logit(code, side, launch.arguments)
             figures[f"{name} {case} {len(seen)}"] = figure
@@ -111,12 +120,6 @@ def _variants(target: str) -> list[int]:
     return numbers
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    """Return {target: figures}, two targets at a time."""
-    return run_all(MODULE)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str, compiled: dict) -> None:
     figures = compiled[target]["figures"]
@@ -129,32 +132,20 @@ def test_threads_read_and_add_side_by_side(target: str, compiled: dict) -> None:
     """Otherwise the lanes of a tile would share replicas of a bin, and wait for each other."""
     figures = compiled[target]["figures"].items()
     found = {name: x["scattered"] for name, x in figures if "scattered" in x}
-    assert len(found) >= 2 * len(CASES) - 2  # some cases share a kernel
+    assert len(found) >= 2 * len(cases_for(target, CASES, SOME)) - 2  # some cases share a kernel
     assert not any(found.values()), found
 
 
-@pytest.mark.parametrize(
-    ("kernel", "case", "most"),
-    [
-        ("_count_kernel", "float32", 70),
-        ("_count_kernel", "marked", 70),
-        ("_count_kernel", "bfloat16", 40),
-        ("_count_kernel", "marked bfloat16", 40),
-        ("_count_kernel", "float16", 40),
-        ("_gradient_kernel", "float32", 45),
-        ("_gradient_kernel", "bfloat16", 8),
-        ("_gradient_kernel", "float16", 8),
-    ],
-)
-def test_instructions_a_logit(kernel: str, case: str, most: int, compiled: dict) -> None:
-    """They are counted on sm_90, on the longest way that a full tile can take."""
+@pytest.mark.parametrize(("kernel", "case"), MOST)
+def test_instructions_a_logit(kernel: str, case: str, compiled: dict) -> None:
+    """Of the longest way that a full tile can take."""
     figures = compiled["sm_90"]["figures"]
     (found,) = (
         x["per_logit"]
         for name, x in figures.items()
         if name.rsplit(" ", 1)[0] == f"{kernel} {case}"
     )
-    assert found <= most
+    assert found <= MOST[kernel, case]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -163,6 +154,10 @@ def test_random_sizes_and_deltas_make_no_new_variant(target: str, compiled: dict
     assert len(set(numbers)) == 1
 
 
+def _find(target: str) -> dict[str, Any]:
+    variants = _variants(target) if target in THOROUGH else []
+    return {"figures": _figures(target), "variants": variants}
+
+
 if __name__ == "__main__":
-    name = sys.argv[1]
-    print(json.dumps({"figures": _figures(name), "variants": _variants(name)}))
+    print_figures(_find)

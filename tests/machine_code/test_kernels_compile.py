@@ -1,29 +1,20 @@
 """Every pairwise kernel compiles ahead of time for GPUs that are not here; its code is read.
 
-What is compiled is what the launchers launch: they run on tensors without data while
-`perf.machine_code.sass` takes down the launches. That needs kernels imported without
-TRITON_INTERPRET, so a process of its own, which this file is when it is run:
-`python -m tests.machine_code.test_kernels_compile sm_90`.
+See `figures`: `python -m tests.machine_code.test_kernels_compile sm_90`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from alrp_triton.reference.layout import Batch
+from tests.machine_code.figures import TARGETS, THOROUGH, cases_for, print_figures
 
 triton = pytest.importorskip("triton")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PAIR_KERNELS = ("_count_kernel", "_gradient_kernel")
 
 # (logits, targets, targets per logit, delta, offsets beyond 32 bits). Each dtype of logits, each
@@ -39,6 +30,8 @@ CASES = {
     "grouped hard": ("bfloat16", "int8", True, 0.0, False),
     "grouped float64": ("float64", "int64", False, 1.0, False),
 }
+MEASURED = ("float32", "bfloat16", "float16", "wide", "hard")  # instructions a pair, on sm_90
+SOME = ("float32", "grouped hard", "float64", "grouped float64")
 
 
 def _call(
@@ -83,26 +76,28 @@ def _figures(target: str) -> dict[str, dict[str, Any]]:
     from perf.machine_code import sass
 
     figures = {}
-    for case in CASES:
+    for case in cases_for(target, CASES, SOME):
         for launch in _call(pairwise, case, target):
             name = launch.kernel.fn.__name__
             if name not in PAIR_KERNELS and case not in ("float32", "float64"):
                 continue  # they see little of the logits
-            code, given = sass.compile_launch(launch, target), launch.arguments
+            code = sass.compile_launch(launch, target)
             figure: dict[str, Any] = {"registers": code.registers, "spills": code.spills}
             if name in PAIR_KERNELS:
                 figure["scattered"] = sass.scattered(code)
-                many = given["BLOCK" if name == "_count_kernel" else "FOLD"]
-                pairs = many * given["ROWS"]  # of a thread
-                loops = [
-                    loop
-                    for loop in code.loops
-                    if "hard" in case or loop.opcodes["FFMA.SAT"] == pairs
-                ]
-                # The fast way and the exact one; behind them come the loops around these two.
-                figure["per_pair"] = sorted(loop.instructions / pairs for loop in loops)[:2]
+                if target == "sm_90" and case in MEASURED:
+                    figure["per_pair"] = _per_pair(code, launch, "hard" in case)
             figures[f"{name} {case}"] = figure
     return figures
+
+
+def _per_pair(code: Any, launch: Any, hard: bool) -> list[float]:
+    """Of the fast way and the exact one; behind them come the loops around these two."""
+    given = launch.arguments
+    many = given["BLOCK" if launch.kernel.fn.__name__ == "_count_kernel" else "FOLD"]
+    pairs = many * given["ROWS"]  # of a thread
+    loops = [loop for loop in code.loops if hard or loop.opcodes["FFMA.SAT"] == pairs]
+    return sorted(loop.instructions / pairs for loop in loops)[:2]
 
 
 def _tuned() -> tuple:
@@ -138,34 +133,6 @@ def _variants(target: str, tuned: tuple = ()) -> list[int]:
     return numbers
 
 
-def run(target: str, module: str = "tests.machine_code.test_kernels_compile") -> dict[str, Any]:
-    """Return what a module prints for a target, run where the kernels are not interpreted."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, target],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def run_all(module: str) -> dict[str, Any]:
-    """Return {target: figures} of a module as this one is, two targets at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda target: run(target, module), TARGETS)
-        return dict(zip(TARGETS, found, strict=True))
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    """Return {target: figures}, two targets at a time."""
-    return run_all("tests.machine_code.test_kernels_compile")
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str, compiled: dict) -> None:
     figures = compiled[target]["figures"]
@@ -183,11 +150,11 @@ def test_compiles_without_spills(target: str, compiled: dict) -> None:
 def test_threads_read_and_write_side_by_side(target: str, compiled: dict) -> None:
     figures = compiled[target]["figures"].items()
     found = {name: x["scattered"] for name, x in figures if "scattered" in x}
-    assert len(found) == 2 * len(CASES)
+    assert len(found) == 2 * len(cases_for(target, CASES, SOME))
     assert not any(found.values()), found
 
 
-@pytest.mark.parametrize("case", ["float32", "bfloat16", "float16", "wide"])
+@pytest.mark.parametrize("case", [case for case in MEASURED if case != "hard"])
 def test_instructions_a_pair(case: str, compiled: dict) -> None:
     """On sm_90 it takes two (a multiply-add that clamps, an add), and a share of the rest."""
     figures = compiled["sm_90"]["figures"]
@@ -220,7 +187,12 @@ def test_tuned_classes_make_no_more_variants_than_they_differ(target: str, compi
     assert numbers[25:] == numbers[-1:] * 25
 
 
+def _find(target: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"figures": _figures(target)}
+    if target in THOROUGH:
+        found |= {"variants": _variants(target), "tuned_variants": _variants(target, _tuned())}
+    return found
+
+
 if __name__ == "__main__":
-    name = sys.argv[1]
-    results = {"figures": _figures(name), "variants": _variants(name)}
-    print(json.dumps(results | {"tuned_variants": _variants(name, _tuned())}))
+    print_figures(_find)

@@ -1,22 +1,18 @@
 """Finding the positives compiles ahead of time for GPUs that are not here; its code is read.
 
-As in `test_kernels_compile`: `python -m tests.machine_code.test_locate_compile sm_90`.
+See `figures`: `python -m tests.machine_code.test_locate_compile sm_90`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
 import torch
 
+from tests.machine_code.figures import TARGETS, THOROUGH, print_figures
+
 pytest.importorskip("triton")
-
-from tests.machine_code.test_kernels_compile import TARGETS, run_all
-
-MODULE = "tests.machine_code.test_locate_compile"
 
 # (logits, targets, targets per logit, transposed): each dtype, each form of targets, dense or not.
 CASES = {
@@ -80,12 +76,6 @@ def _variants(target: str) -> list[int]:
     return numbers
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    """Return {target: figures}, two targets at a time."""
-    return run_all(MODULE)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str, compiled: dict) -> None:
     figures = compiled[target]["figures"]
@@ -104,6 +94,10 @@ def test_random_sizes_make_no_new_variant(target: str, compiled: dict) -> None:
     assert compiled[target]["variants"] == [len(KERNELS)] * 50
 
 
+def _find(target: str) -> dict[str, Any]:
+    variants = _variants(target) if target in THOROUGH else []
+    return {"figures": _figures(target), "variants": variants}
+
+
 if __name__ == "__main__":
-    name = sys.argv[1]
-    print(json.dumps({"figures": _figures(name), "variants": _variants(name)}))
+    print_figures(_find)

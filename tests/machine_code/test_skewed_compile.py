@@ -1,18 +1,17 @@
-"""The kernels of the skewed distribution compile ahead of time, without spills: see
-`test_kernels_compile`, whose way this is.
+"""The kernels of the skewed distribution compile ahead of time, without spills.
+
+See `figures`: `python -m tests.machine_code.test_skewed_compile sm_90`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from alrp_triton.reference.layout import Batch
-from tests.machine_code.test_kernels_compile import TARGETS, run
+from tests.machine_code.figures import TARGETS, print_figures
 
 pytest.importorskip("triton")
 
@@ -64,12 +63,12 @@ def _figures(target: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills_and_once(target: str) -> None:
-    figures = run(target, "tests.machine_code.test_skewed_compile")
+def test_compiles_without_spills_and_once(target: str, compiled: dict) -> None:
+    figures = compiled[target]
     assert len(figures["spills"]) == 3 * len(CASES)  # with the kernel that writes own
     assert not any(figures["spills"].values())
     assert figures["variants"] == 3  # over 20 random sizes
 
 
 if __name__ == "__main__":
-    print(json.dumps(_figures(sys.argv[1])))
+    print_figures(_figures)

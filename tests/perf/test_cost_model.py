@@ -147,6 +147,7 @@ def time_one(call, until=None):
     return cost_model.time_calls([call], lambda call: defaults, CPU, until, progress=False)
 
 
+@pytest.mark.slow
 def test_both_algorithms_are_held_to_the_truth_and_timed(monkeypatch):
     right = breakpoints.count
 
@@ -165,6 +166,7 @@ def test_both_algorithms_are_held_to_the_truth_and_timed(monkeypatch):
     assert time_one(CALL, until=0.0) == []
 
 
+@pytest.mark.slow
 def test_every_call_shows_an_error():
     """Those that can be drawn here: a call without a negative near a positive would be no check."""
     for call in dict.fromkeys((*CALLS, *cost_model.REHEARSED_CALLS)):

@@ -58,6 +58,7 @@ print(*(fetched() for _ in range(40)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_later_calls():
     """The first fetches its pages, 16,384 of 4 KB or fewer of larger ones, and most others none."""
     command = [sys.executable, "-c", _CALLS]

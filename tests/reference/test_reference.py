@@ -26,6 +26,7 @@ from alrp_triton.reference.breakpoints.block_maxima import RUN, find
 from alrp_triton.reference.breakpoints.workspace import Workspace
 from alrp_triton.testing.cases import poisoned
 from perf.timing import peak_memory
+from tests.profiles import FULL
 
 DELTAS = (0.0, 1e-3, 0.25, 1.0, 3.0)
 
@@ -162,7 +163,7 @@ def test_logits_may_require_a_gradient(distribution):
     assert not any(x.requires_grad for x in (*counted, *gradients))
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000 if FULL else 500, deadline=None)
 @given(levels())
 def test_breakpoints_equal_pairwise(case):
     """They agree entry by entry to 1e-9 relative in any regime; the truth is float64 pairwise."""
