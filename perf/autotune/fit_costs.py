@@ -21,7 +21,7 @@ from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCos
 from perf import timing
 from perf.autotune.candidates import ALGORITHMS, DTYPE_OF, SIDES
 from perf.autotune.search import captured
-from perf.autotune.verify import Judge, draw_call
+from perf.autotune.verify import Verifier, draw_call
 from perf.progress import bar
 
 _ROUNDS = {"cuda": 7, "cpu": 1}
@@ -96,25 +96,25 @@ def _time(
     until: float,
 ) -> Timed:
     dtype = DTYPE_OF[call.dtype]
-    verify = Judge(draw_call(call.positives, call.logits, call.stage, dtype, device))
+    verifier = Verifier(draw_call(call.positives, call.logits, call.stage, dtype, device))
     refused, runs = {}, {}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for algorithm, tiles in tiles_of.items():
         if algorithm == "pairwise" and call.positives * call.logits > _MOST_PAIRS:
             continue
-        reasons = [verify.refuses(side, tiles) for side in SIDES]
+        reasons = [verifier.refuses(side, tiles) for side in SIDES]
         if any(reasons):
             refused[algorithm] = next(filter(None, reasons))
             continue
-        run = partial(_forward_backward, verify, tiles)
+        run = partial(_forward_backward, verifier, tiles)
         runs[algorithm] = run if pool is None else captured(run, pool)
     seconds = timing.interleave(runs, device, _ROUNDS[device.type], until=until)
     return Timed(call, {name: statistics.median(x) for name, x in seconds.items()}, refused)
 
 
-def _forward_backward(verify: Judge, tiles: Tiles | BreakpointTiles) -> None:
+def _forward_backward(verifier: Verifier, tiles: Tiles | BreakpointTiles) -> None:
     for side in SIDES:
-        verify.call(side, tiles)
+        verifier.call(side, tiles)
 
 
 # --- the fit ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from alrp_triton.kernels.tuning.block_sizes import BreakpointTiles, Tiles
 from perf import timing
 from perf.autotune.candidates import Goal, Grid, candidates
-from perf.autotune.verify import Judge
+from perf.autotune.verify import Verifier
 from perf.machine_code.occupancy import Compiled, Task, target_of
 
 # (rounds, share of the candidates that go on): all of them shortly, few of them longer.
@@ -65,12 +65,12 @@ class Search:
         goal: Goal,
         side: str,
         device: torch.device,
-        verify: Judge,
+        verifier: Verifier,
         examine: Callable[[list[Task]], list[Compiled | str | None]],
         until: float,
     ) -> None:
         self.goal, self.side, self.device, self.until = goal, side, device, until
-        self.verify, self.examine = verify, examine
+        self.verifier, self.examine = verifier, examine
         self.tried: list[list[Tried]] = []  # of each grid
         self._start: Sizes | None = None  # sizes in use, which only a wrong result or time ousts
         self._calls: dict[Sizes, Callable[[], object]] = {}
@@ -124,7 +124,7 @@ class Search:
         if not self._time_is_left():
             return Tried(tiles, code)
         try:
-            refused = self.verify.refuses(self.side, tiles)
+            refused = self.verifier.refuses(self.side, tiles)
         except Exception as error:  # too much shared memory, say: it concerns this candidate only
             refused = f"does not run: {type(error).__name__}: {str(error)[:200]}"
         return Tried(tiles, code, refused, checked=True)
@@ -152,7 +152,7 @@ class Search:
         The graphs share their memory, as they run one after the other and nobody reads results.
         """
         if tiles not in self._calls:
-            call = partial(self.verify.call, self.side, tiles)
+            call = partial(self.verifier.call, self.side, tiles)
             self._calls[tiles] = call if self._pool is None else captured(call, self._pool)
         return self._calls[tiles]
 

@@ -42,7 +42,7 @@ from perf.autotune.candidates import (
 )
 from perf.autotune.fit_costs import CALLS, REHEARSED_CALLS, Call, Timed
 from perf.autotune.search import Search
-from perf.autotune.verify import Judge, draw
+from perf.autotune.verify import Verifier, draw
 from perf.machine_code.occupancy import Compiled, Task, compiler
 from perf.progress import bar
 
@@ -137,8 +137,8 @@ def _tune_sizes(
                 result["left_out"].append(str(goal))
                 continue
             start = _tiles(in_use.tuned, in_use.defaults, goal.dtype, goal.positives, goal.logits)
-            verify = Judge(draw(goal, device))
-            searches = [Search(goal, side, device, verify, examine, until) for side in SIDES]
+            verifier = Verifier(draw(goal, device))
+            searches = [Search(goal, side, device, verifier, examine, until) for side in SIDES]
             entry = _entry(goal, start[goal.algorithm], searches, grids, in_use.entry(goal))
             result["search"] += [_taken_down(x, start[goal.algorithm]) for x in searches]
             if any(side in entry["measured"] for side in SIDES):

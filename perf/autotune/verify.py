@@ -44,7 +44,7 @@ def draw_call(
     return draw_case(Size(logits // classes, classes, positives), stage, dtype, device)
 
 
-class Judge:
+class Verifier:
     """Holds results of one call to the truth."""
 
     def __init__(self, case: Case) -> None:

@@ -52,14 +52,14 @@ def parity(context: Context) -> Iterator[Task]:
             draw = partial(
                 cases.draw_case, size, distribution, dtypes[dtype], context.device, delta
             )
-            yield Task(name, partial(_judge_both, draw, algorithm, kernels))
+            yield Task(name, partial(_verify_both, draw, algorithm, kernels))
         draw = partial(
             cases.draw_in_images, context.sizes.full, "mid", torch.float32, context.device
         )
-        yield Task(f"{algorithm} within images", partial(_judge_both, draw, algorithm, kernels))
+        yield Task(f"{algorithm} within images", partial(_verify_both, draw, algorithm, kernels))
 
 
-def _judge_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -> dict[str, Any]:
+def _verify_both(draw: Callable[[], Case], algorithm: str, kernels: ModuleType) -> dict[str, Any]:
     case = draw()
     operators = cases.verify(case, kernels)
     if case.groups or (case.index < 0).any():  # which the losses would have to be told of
@@ -74,7 +74,7 @@ def edges(context: Context) -> Iterator[Task]:
     for algorithm, kernels in context.algorithms.items():
         hard = cases.edge_cases(context.sizes.edge, context.device)
         for name, draw in hard.items():
-            yield Task(f"{algorithm} {name}", partial(_judge_both, draw, algorithm, kernels))
+            yield Task(f"{algorithm} {name}", partial(_verify_both, draw, algorithm, kernels))
         beyond = (kernels, context.sizes.beyond_float32, context.device)
         for name, call in (
             ("NaN", partial(cases.verify_nan, algorithm, context.device)),
@@ -255,9 +255,9 @@ def boxes(context: Context) -> Iterator[Task]:
     for kind in KINDS:
         for dtype in ("float32", "bfloat16", "float16", "float64"):
             name = f"{kind} {dtype}"
-            yield Task(name, partial(_judge_boxes, kernels, draw, kind, getattr(torch, dtype)))
+            yield Task(name, partial(_verify_boxes, kernels, draw, kind, getattr(torch, dtype)))
         ties = partial(_first, box_tolerance.grid_boxes, 40 * context.sizes.edge.anchors)
-        yield Task(f"{kind}, ties", partial(_judge_boxes, kernels, ties, kind, torch.float32))
+        yield Task(f"{kind}, ties", partial(_verify_boxes, kernels, ties, kind, torch.float32))
 
 
 def _first(draw: Callable[[], tuple[Tensor, Tensor]], pairs: int) -> tuple[Tensor, Tensor]:
@@ -267,7 +267,7 @@ def _first(draw: Callable[[], tuple[Tensor, Tensor]], pairs: int) -> tuple[Tenso
     return pred[::step], target[::step]
 
 
-def _judge_boxes(
+def _verify_boxes(
     backend: box_tolerance.Backend,
     draw: Callable[[], tuple[Tensor, Tensor]],
     kind: str,

@@ -20,7 +20,7 @@ from alrp_triton.kernels.breakpoints.sort import sort_breakpoints
 from alrp_triton.testing.kernel_tolerance import Case
 
 from ..autotune.candidates import SIDES
-from ..autotune.verify import Judge
+from ..autotune.verify import Verifier
 from ..machine_code.occupancy import Compiled, Task, examine, target_of
 from ..timing import interleave
 
@@ -34,7 +34,7 @@ def measure_intervals(case: Case, capture: Capture, rounds: int) -> dict[str, An
     """Measure logits a second counted between breakpoints, and what share is above the first."""
     device = case.scores.device
     tiles = breakpoints.choose_tiles(case.batch)
-    if refused := Judge(case).refuses("count", tiles):
+    if refused := Verifier(case).refuses("count", tiles):
         return {"ok": False, "error": refused}
     laid_out = sort_breakpoints(case.scores, case.delta)
 
@@ -59,13 +59,13 @@ def measure_pairs(case: Case, capture: Capture, rounds: int) -> dict[str, Any]:
     """
     device = case.scores.device
     tiles = pairwise.choose_tiles(case.batch)
-    verify = Judge(case)
+    verifier = Verifier(case)
     pairs = case.scores.numel() * sum(level.numel() for level in case.logits)
     row: dict[str, Any] = {"ok": True}
     for side in SIDES:
-        if refused := verify.refuses(side, tiles):
+        if refused := verifier.refuses(side, tiles):
             return {"ok": False, "error": f"{side} {refused}"}
-        call = capture(lambda side=side: verify.call(side, tiles))
+        call = capture(lambda side=side: verifier.call(side, tiles))
         rate = pairs / _median(call, device, rounds)
         task = Task(side, str(case.logits[0].dtype).split(".")[1], tiles, target_of(device))
         row |= {f"{side}_pairs_per_second": rate, f"{side}_issued": _issued(task, rate, device)}

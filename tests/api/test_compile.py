@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from examples import IGNORE, batch_of, detector_batch, relative_error, to_batch
+from batches import IGNORE, batch_of, detector_batch, relative_error, to_batch
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from batches import DISTRIBUTIONS, detector_batch, relative_error
 from conftest import HAS_GPU
-from examples import DISTRIBUTIONS, detector_batch, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from examples import IGNORE, detector_batch, relative_error
+from batches import IGNORE, detector_batch, relative_error
 
 from alrp_triton import (
     ALRPLoss,

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from examples import detector_batch, relative_error
+from batches import detector_batch, relative_error
 from torch import Tensor, nn
 
 from alrp_triton import (

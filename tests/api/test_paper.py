@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import DISTRIBUTIONS, detector_batch, relative_error
+from batches import DISTRIBUTIONS, detector_batch, relative_error
 
 from alrp_triton import alrp_loss, ap_loss, error_driven_loss, localisation_errors
 from alrp_triton.loss_terms import alrp_errors, ap_errors

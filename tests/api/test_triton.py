@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from batches import IGNORE, detector_batch, relative_error, to_batch
 from conftest import HAS_GPU
-from examples import IGNORE, detector_batch, relative_error, to_batch
 from torch import library
 
 from alrp_triton import (

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from batches import relative_error
 from conftest import HAS_GPU
-from examples import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

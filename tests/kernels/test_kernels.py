@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from examples import halved
+from batches import halved
 from torch import Tensor
 
 from alrp_triton.reference import layout

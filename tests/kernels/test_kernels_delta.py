@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from examples import halved
+from batches import halved
 from torch import Tensor
 
 from alrp_triton import alrp_loss

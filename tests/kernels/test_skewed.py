@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from examples import halved
+from batches import halved
 from torch import Tensor
 
 from alrp_triton import error_driven_loss

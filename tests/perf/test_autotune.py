@@ -41,7 +41,7 @@ from perf.autotune.candidates import (
     candidates,
 )
 from perf.autotune.fit_costs import Call, Timed
-from perf.autotune.verify import Judge, draw
+from perf.autotune.verify import Verifier, draw
 from perf.machine_code import occupancy as machine_code
 from perf.machine_code.occupancy import LIMITS, Compiled, Task, resident_warps
 
@@ -244,7 +244,7 @@ def test_without_time_everything_stays_and_is_said():
 
 
 def test_out_of_time_in_the_middle_keeps_the_sizes(monkeypatch):
-    verify = Judge(draw(GOAL, CPU))
+    verify = Verifier(draw(GOAL, CPU))
     until = time.monotonic() + LONG
     of_count = search.Search(GOAL, "count", CPU, verify, lambda tasks: [None] * len(tasks), until)
     monkeypatch.setattr(verify, "refuses", lambda side, tiles: setattr(of_count, "until", 0.0))
@@ -351,7 +351,7 @@ def goal(dtype: torch.dtype, positives: int, logits: int, stage: str) -> Goal:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stage", ["init", "mid", "spread"])
 def test_right_kernels_pass_and_small_errors_do_not(dtype, stage, monkeypatch):
-    verify = Judge(draw(goal(dtype, 40, 400, stage), CPU))
+    verify = Verifier(draw(goal(dtype, 40, 400, stage), CPU))
     for side, error in (("count", 3e-5), ("gradient", 2e-2 if dtype != torch.float32 else 3e-5)):
         assert verify.refuses(side, Tiles()) is None
         with monkeypatch.context() as patch:
@@ -363,7 +363,7 @@ def test_right_kernels_pass_and_small_errors_do_not(dtype, stage, monkeypatch):
 
 def test_a_call_that_shows_no_error_is_no_check():
     with pytest.raises(ValueError, match="an error would not show"):
-        Judge(draw(goal(torch.float32, 2, 40, "late"), CPU))
+        Verifier(draw(goal(torch.float32, 2, 40, "late"), CPU))
 
 
 # --- candidates and machine code ----------------------------------------------------------------

@@ -173,4 +173,4 @@ def test_every_call_shows_an_error():
         if call.logits <= 50_000:
             dtype = cost_model.DTYPE_OF[call.dtype]
             size = call.positives, call.logits, call.stage
-            cost_model.Judge(cost_model.draw_call(*size, dtype, CPU))
+            cost_model.Verifier(cost_model.draw_call(*size, dtype, CPU))

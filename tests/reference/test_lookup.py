@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from examples import batch_of, widen
+from batches import batch_of, widen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from examples import batch_of, widen
+from batches import batch_of, widen
 from torch import Tensor
 
 from alrp_triton import alrp_loss, ap_loss, error_driven_loss, ndcg_loss, rank_sort_loss

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from examples import (
+from batches import (
     DISTRIBUTIONS,
     IGNORE,
     batch_of,

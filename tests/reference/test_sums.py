@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from examples import batch_of, detector_batch, relative_error, to_batch
+from batches import batch_of, detector_batch, relative_error, to_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alrp_triton.reference import pairwise, rank_sort, skewed
