@@ -150,13 +150,21 @@ def test_a_replay_that_cannot_be_done_fails():
     assert "software GPU: graph: planted" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "wait", ["x.cpu()", "x[0].item()", "x.nonzero()", "torch.equal(x, x)", "x.tolist()"]
-)
-def test_what_waits_is_refused_where_torch_forbids_it(wait):
-    done = start(f"""
-        x = torch.zeros(4, device="cuda")
+def test_what_waits_is_refused_where_torch_forbids_it():
+    found = told("""
+        x, said = torch.zeros(4, device="cuda"), {}
+        calls = {
+            "copy": x.cpu, "item": x[0].item, "nonzero": x.nonzero, "tolist": x.tolist,
+            "equal": lambda: torch.equal(x, x), "none": lambda: x.add_(1),
+        }
         torch.cuda.set_sync_debug_mode("error")
-        {wait}
+        for name, call in calls.items():
+            try:
+                call()
+                said[name] = ""
+            except RuntimeError as error:
+                said[name] = str(error)
+        told(**said)
     """)
-    assert "called a synchronizing CUDA operation" in done.stderr
+    assert found.pop("none") == ""
+    assert all("called a synchronizing CUDA operation" in text for text in found.values()), found
