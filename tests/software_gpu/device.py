@@ -252,7 +252,7 @@ class Operators(TorchDispatchMode):
 
         brought = tree_map_only(Tensor, bring_back, result)
 
-        # Keeps no tensor, which would keep its autograd graph: memory of a capture stays in its pool.
+        # It holds no tensor, and so no autograd graph: the memory of a capture stays in its pool.
         def again() -> None:
             new = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
             for memory, x in zip(fresh, new, strict=True):
