@@ -14,14 +14,16 @@ import torch
 from alrp_triton.kernels.tuning import files
 
 from .. import arguments, timing
-from .context import Context, Rehearsal
+from .context import Context, Rehearsal, RehearsalOnCPU
 from .runner import _FILES, _RESULTS, failures, run, table
 from .steps import FIRST, STEPS, chosen
 
 
 def make_parser() -> arguments.Parser:
     parser = arguments.Parser("gpu", __doc__)
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU, at toy sizes")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="at toy sizes, without a GPU or on one"
+    )
     parser.add_argument(
         "--first", action="store_true", help="what decides most, in four minutes; then the rest"
     )
@@ -58,9 +60,12 @@ def main(given: Sequence[str] | None = None) -> int:
         import triton  # noqa: F401
     make: type[Context] = Context
     if options.rehearse:
-        make = Rehearsal
-        os.environ["TRITON_INTERPRET"] = "1"  # for the worker, which imports the kernels
         out = options.out or parser.read("--out", _temporary_folder)
+    if options.rehearse and torch.cuda.is_available():
+        make = Rehearsal
+    elif options.rehearse:
+        make = RehearsalOnCPU
+        os.environ["TRITON_INTERPRET"] = "1"  # for the worker, which imports the kernels
     else:
         os.environ.pop("TRITON_INTERPRET", None)
         gpu = torch.cuda.get_device_name(0).replace(" ", "-").replace("/", "-")

@@ -1,7 +1,7 @@
 """What the steps of perf.gpu run on: a GPU, or a CPU that stands in for one.
 
-What only a GPU can do goes through `Context`; `Rehearsal` stands in for it on a CPU, with kernels
-in Triton's interpreter and toy sizes, so that every line of a step runs without a GPU.
+What only a GPU can do goes through `Context`; `RehearsalOnCPU` stands in for it, with kernels in
+Triton's interpreter and toy sizes, so that every line of a step runs without a GPU.
 """
 
 from __future__ import annotations
@@ -114,13 +114,22 @@ class Context:
 
 
 class Rehearsal(Context):
-    """A CPU that stands in for it: what a GPU alone can refuse is let pass."""
+    """The same on a device that is too slow for these sizes; a GPU in software, for example."""
 
     sizes = TOY
     cells = "rehearse"
+    test_options = ("--collect-only",)  # what they call is of any size
+
+    @cached_property
+    def bandwidth(self) -> float:
+        return timing.copy_bandwidth(self.device, size=1 << 20, rounds=1)
+
+
+class RehearsalOnCPU(Rehearsal):
+    """A CPU that stands in for it: what a GPU alone can refuse is let pass."""
+
     activity = ProfilerActivity.CPU
     kernels_on = DeviceType.CPU
-    test_options = ("--collect-only",)  # they run without a GPU as they are
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)
@@ -136,10 +145,6 @@ class Rehearsal(Context):
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         step()
         return step
-
-    @cached_property
-    def bandwidth(self) -> float:
-        return timing.copy_bandwidth(self.device, size=1 << 20, rounds=1)
 
 
 class _SynchronisationsRaise:

@@ -6,8 +6,8 @@ and the next one goes on with the next task; where all goes well, CUDA starts on
 result is written to report.json as soon as it is there, so that whatever ends the command leaves
 what was done. The exit status is 0 if nothing failed and every required step ran to its end.
 
-`--rehearse` walks the same steps without a GPU: kernels in Triton's interpreter, toy sizes. Its
-report says so and holds nothing that was measured on a GPU.
+`--rehearse` walks the same steps at toy sizes, and without a GPU with kernels in Triton's
+interpreter. Its report says so, and nothing in it may be quoted.
 """
 
 from __future__ import annotations
@@ -277,7 +277,9 @@ def line(entry: dict[str, Any]) -> str:
 
 def table(report: Report) -> str:
     """Tell what came of every step, the figures of those that measure, and what failed."""
-    lines = ["REHEARSAL on a CPU: no figure here is one of a GPU"] if report["rehearsal"] else []
+    lines = (
+        ["REHEARSAL at toy sizes: no figure here is one of a GPU"] if report["rehearsal"] else []
+    )
     lines += [line(entry) for entry in report["steps"]]
     for entry in report["steps"]:
         if entry["name"] in _MEASURE:

@@ -35,10 +35,10 @@ struct Launch {
   unsigned long long capture; // 0: none
 };
 typedef int (*LaunchHook)(const Launch *); // of the driver's kernels, which are Triton's; a CUresult
-typedef void (*ReplayHook)(unsigned long long capture);
+typedef int (*ReplayHook)(unsigned long long capture); // 0: everything was done
 EXPORT void software_gpu_on_launch(LaunchHook hook);
 EXPORT void software_gpu_on_replay(ReplayHook hook);
-EXPORT void software_gpu_replay(unsigned long long capture);
+EXPORT int software_gpu_replay(unsigned long long capture);
 
 // Called by every function that CUDA declares and nobody has written here.
 EXPORT __attribute__((noreturn)) void software_gpu_unwritten(const char *name);

@@ -128,8 +128,9 @@ static std::atomic<LaunchHook> launch_hook{nullptr};
 static std::atomic<ReplayHook> replay_hook{nullptr};
 void software_gpu_on_launch(LaunchHook hook) { launch_hook = hook; }
 void software_gpu_on_replay(ReplayHook hook) { replay_hook = hook; }
-void software_gpu_replay(unsigned long long capture) {
-  if (ReplayHook hook = replay_hook) hook(capture);
+int software_gpu_replay(unsigned long long capture) {
+  ReplayHook hook = replay_hook;
+  return hook ? hook(capture) : 0;
 }
 
 // --- the device -----------------------------------------------------------------------------------

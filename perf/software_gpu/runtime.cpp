@@ -46,6 +46,7 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
   case cudaErrorMemoryAllocation: return "out of memory";
   case cudaErrorInvalidValue: return "invalid argument";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorLaunchFailure: return "unspecified launch failure";
   case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
   case cudaErrorStreamCaptureIsolation:
     return "dependency created on uncaptured work in another stream";
@@ -414,8 +415,8 @@ EXPORT cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t *, size_t *num
 }
 EXPORT cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   software_gpu_note(GRAPH, "");
-  software_gpu_replay((unsigned long long)executable);
-  return cudaSuccess;
+  int failed = software_gpu_replay((unsigned long long)executable);
+  return failed ? fail(cudaErrorLaunchFailure) : cudaSuccess;
 }
 // What a graph would own and destroy; graphs here own nothing, and torch frees the rest itself.
 EXPORT cudaError_t cudaUserObjectCreate(cudaUserObject_t *object, void *, cudaHostFn_t, unsigned,

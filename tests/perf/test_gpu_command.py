@@ -17,7 +17,8 @@ main = importlib.import_module("perf.gpu.__main__").main
 steps = importlib.import_module("perf.gpu.steps")
 measurements = importlib.import_module("perf.gpu.measurements")
 parity_checks = importlib.import_module("alrp_triton.testing.cases")
-Step, Task, Rehearsal = steps.Step, steps.Task, gpu.Rehearsal
+gpu_context = importlib.import_module("perf.gpu.context")
+Step, Task, RehearsalOnCPU = steps.Step, steps.Task, gpu_context.RehearsalOnCPU
 
 
 # Steps that a worker process finds here by name.
@@ -81,7 +82,7 @@ def slow(context):
 
 
 def run(tmp_path, *given, minutes=3.0):
-    report = gpu.run(given, Rehearsal, tmp_path, minutes)
+    report = gpu.run(given, RehearsalOnCPU, tmp_path, minutes)
     assert json.loads((tmp_path / "report.json").read_text())["steps"] == json.loads(
         json.dumps(report["steps"])
     )
@@ -107,7 +108,7 @@ def test_what_the_design_hangs_on_is_measured_first_and_checked(tmp_path, monkey
     order = [step.name for step in steps.STEPS]
     assert order[:2] == ["machine", "rates"]
     kernel_rates = importlib.import_module("perf.gpu.kernel_rates")
-    context = Rehearsal(tmp_path)
+    context = RehearsalOnCPU(tmp_path)
     case = parity_checks.draw_case(context.sizes.full, "spread", torch.float32, context.device)
     found = kernel_rates.measure_intervals(case, context.capture, 1)
     assert found["ok"]
@@ -261,7 +262,7 @@ def test_a_first_time_is_taken_even_of_what_is_wrong(wrong, tmp_path, monkeypatc
     )
     table = {"alrp_triton": honest, "focal, fused": honest, wrong: off}
     monkeypatch.setattr(variants, "VARIANTS", table)
-    task = next(first.beside_focal(Rehearsal(tmp_path)))
+    task = next(first.beside_focal(RehearsalOnCPU(tmp_path)))
     row = task.run()
     assert not row["ok"]
     for name in table:
@@ -276,7 +277,7 @@ def test_a_first_time_is_taken_even_of_what_is_wrong(wrong, tmp_path, monkeypatc
 
 def test_a_capture_that_fails_leaves_the_other_times(tmp_path, monkeypatch):
     first = importlib.import_module("perf.gpu.first")
-    context = Rehearsal(tmp_path)
+    context = RehearsalOnCPU(tmp_path)
 
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -300,7 +301,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
     tuner = importlib.import_module("perf.autotune.tune")
     tuned = importlib.import_module("alrp_triton.kernels.tuning.files")
     monkeypatch.setenv(tuned.FOLDER, "elsewhere")
-    context = Rehearsal(tmp_path)
+    context = RehearsalOnCPU(tmp_path)
     context.until = time.monotonic() + 60
     found = []
 
@@ -340,7 +341,7 @@ def test_the_benchmark_takes_the_sizes_and_costs_just_found(tmp_path, monkeypatc
 
 def test_a_benchmark_that_is_wrong_fails(tmp_path, monkeypatch):
     bench = importlib.import_module("perf.bench.__main__")
-    context = Rehearsal(tmp_path)
+    context = RehearsalOnCPU(tmp_path)
     rows = [row(bench.OURS, "init", parity=False, seconds=None)]
     monkeypatch.setattr(bench, "run", lambda *_, **__: {"rows": rows, "dropped": []})
     monkeypatch.setattr(bench, "write", lambda *_: [])
