@@ -574,7 +574,8 @@ uint8_t *access(const Step &s, int space, uint64_t address, unsigned size, unsig
              address);
     if (s.launch.options.checks) {
       Thread thread{s.program.round, s.warp.index, s.warp.syncs, (uint32_t)lane};
-      const char *wrong = s.program.shared.touch(address, size, kind, thread, value);
+      const bool strict = s.launch.options.checks > 1;
+      const char *wrong = s.program.shared.touch(address, size, kind, thread, value, strict);
       if (wrong) s.note(wrong, address, s.in.number);
     }
     return s.program.shared.at(address);

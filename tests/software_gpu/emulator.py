@@ -113,6 +113,11 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def handlers() -> list[str]:
+    """The names of what the C++ file can do, numbered by their order."""
+    return _library().emulator_handlers().decode().split()
+
+
 # --- kernels ------------------------------------------------------------------------------------
 
 
@@ -167,12 +172,11 @@ class Report(NamedTuple):
 class Kernel:
     """PTX of one kernel, ready to be launched."""
 
-    def __init__(self, ptx: str, dynamic_shared: int = 0) -> None:
+    def __init__(self, ptx: str, dynamic_shared: int = 0, code: Code | None = None) -> None:
         library = _library()
         self.ptx = ptx
         self.dynamic_shared = dynamic_shared
-        self.code: Code = emulator_ptx.read(ptx, library.emulator_handlers().decode().split())
-        code = self.code
+        self.code = code = code or emulator_ptx.read(ptx, handlers())
         constants = struct.pack(f"<{len(code.constants)}Q", *code.constants)
         special = struct.pack(f"<{len(code.special)}i", *code.special)
         self._handle = ctypes.c_void_p(
@@ -201,7 +205,7 @@ class Kernel:
         *,
         order: int = ASCENDING,
         concurrent: int = 1,
-        checks: bool = True,
+        checks: int = 1,
         counts: bool = False,
         most_instructions: int = _ENDLESS,
     ) -> Report:
@@ -214,7 +218,8 @@ class Kernel:
                 and races in global memory are not looked for.
             order: In which programs run; ASCENDING, DESCENDING, or the seed of a random order.
             concurrent: How many programs take turns.
-            checks: Look for races and for shared memory that nobody wrote.
+            checks: Look for races and for shared memory that nobody wrote. 2 takes what writes
+                the value that is there for a race too.
             counts: Count sectors and wavefronts too.
             most_instructions: Of warps, before the launch counts as endless.
 
@@ -364,15 +369,16 @@ class Emulation:
             value for name, type in signature.items() for value in _flatten(arguments[name], type)
         ]
         lacking = len(kernel.code.parameters) - len(flat)
-        report = kernel.launch(
-            grid(arguments) if callable(grid) else grid,
-            [*flat, *[0] * lacking],  # pointers to scratch memory
-            memory_of(x for x in flat if isinstance(x, Tensor)),
-            **self.options,
-        )
+        flat += [0] * lacking  # pointers to scratch memory
+        report = self.launch(kernel, grid(arguments) if callable(grid) else grid, flat)
         self.launches.append(report)
         if report.notes and not self.keep_notes:
             raise EmulationError("; ".join(report.notes))
+
+    def launch(self, kernel: Kernel, grid: Sequence[int], arguments: list[Any]) -> Report:
+        """One launch, which may touch the storages of the tensors among its arguments."""
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        return kernel.launch(grid, arguments, memory_of(tensors), **self.options)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+os.environ["ALRP_EMULATES"] = "1"
 
 import pytest
 
@@ -60,12 +61,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, reason in LEFT_OUT.items():
             if name in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # Of the fixture, which is gone by now.
-    for line in EMULATED:
-        terminalreporter.write_line(line)
-
-
-EMULATED: list[str] = []
