@@ -21,7 +21,7 @@ if WORKERS > 1:
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if not backend._INTERPRETS:
+    if os.environ["TRITON_INTERPRET"] == "1" and not backend._INTERPRETS:
         sys.modules["triton"] = None  # the tests that need it are skipped
 
 # How many generated cases, and which: the same each time, or new ones from a seed that is printed.

@@ -287,16 +287,20 @@ def _bytes_of(argument: int | float | bytes | Tensor, type: str) -> bytes:
 
 
 def memory_of(tensors: Iterable[Tensor]) -> Ranges:
-    """The storages of tensors, those that overlap put together."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages)
+    """From the first element to behind the last of each tensor, those that overlap put together."""
     merged: Ranges = []
-    for start, end in spans:
+    for start, end in sorted(_extent(tensor) for tensor in tensors if tensor.numel()):
         if merged and start < merged[-1][1]:
             merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
             merged.append((start, end))
     return merged
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def launch(

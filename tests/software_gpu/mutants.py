@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -42,12 +43,17 @@ class Recording(NamedTuple):
         """Of a statement of the kernel."""
         return self.report.counts[number]
 
+    @property
+    def memory(self) -> emulator.Ranges:
+        """What it may touch."""
+        return emulator.memory_of(x for x in self.arguments if isinstance(x, Tensor))
+
     def repeat(self, kernel: Kernel, memory: emulator.Ranges | None = None, **options: Any) -> str:
         """What shows a fault, or nothing: a check, or other results."""
         for storage, content in zip(self.storages, self.before, strict=True):
             storage.copy_(content)
         options = {"most_instructions": MOST_INSTRUCTIONS} | options
-        memory = emulator.memory_of(self.storages) if memory is None else memory
+        memory = self.memory if memory is None else memory
         try:
             notes = kernel.launch(self.grid, self.arguments, memory, **options).notes
         except EmulationError as error:
@@ -76,14 +82,12 @@ class Verdict(NamedTuple):
     why: str = ""  # it survives
 
     @property
-    def line(self) -> str:
-        """One of the report."""
-        mutant = self.mutant
-        place = f"argument {mutant.number}"
-        if mutant.changed:
-            statement = mutant.kernel.code.statements[mutant.number]
-            place = f"{statement.source} {statement.text}"
-        return f"{mutant.kind}, {mutant.kernel.code.name}, {place}: {self.why or self.noticed}"
+    def place(self) -> str:
+        """Where its fault stands."""
+        kernel, number = self.mutant.kernel.code, self.mutant.number
+        if self.mutant.tensor is not None:
+            return f"argument {number} of {kernel.name}"
+        return f"{kernel.statements[number].source} in {kernel.name}"
 
 
 # --- recording ----------------------------------------------------------------------------------
@@ -255,16 +259,15 @@ def judge(mutant: Mutant, recordings: list[Recording]) -> Verdict:
 
 def _judge_short(mutant: Mutant, recordings: list[Recording]) -> Verdict:
     assert mutant.tensor is not None
-    storage = mutant.tensor.untyped_storage()
-    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    ((_, end),) = emulator.memory_of([mutant.tensor])
     for recording in recordings:
-        ranges = emulator.memory_of(recording.storages)
-        shorter = (start, end - mutant.tensor.element_size())
-        if (start, end) in ranges:
-            ranges[ranges.index((start, end))] = shorter
-            if noticed := recording.repeat(mutant.kernel, ranges):
-                return Verdict(mutant, noticed)
-    return Verdict(mutant, "", "no launch touches the last element")
+        shorter = [
+            (first, last - mutant.tensor.element_size() if last == end else last)
+            for first, last in recording.memory
+        ]
+        if noticed := recording.repeat(mutant.kernel, shorter):
+            return Verdict(mutant, noticed)
+    return Verdict(mutant, "", "nobody touches its last element")
 
 
 def _why(mutant: Mutant, kernel: Kernel, recordings: list[Recording]) -> str:
@@ -272,7 +275,7 @@ def _why(mutant: Mutant, kernel: Kernel, recordings: list[Recording]) -> str:
     if mutant.kind == MASK:
         if all(count.lanes == 32 * count.warps for count in counts):
             return "it holds for all lanes in these launches"
-        return "what the lanes touch beyond it is in bounds, and nobody uses it"
+        return "what the other lanes touch is in bounds, and changes no result"
     if mutant.kind == ATOMIC:
         if all(count.lanes < 2 for count in counts):
             return "one lane of one program executes it"
@@ -319,7 +322,7 @@ def main() -> None:
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """Numbers by kind, and each that survives."""
+    """Numbers by kind; and by reason, which survive."""
     lines = []
     for kind in KINDS:
         found = [verdict for verdict in verdicts if verdict.mutant.kind == kind]
@@ -329,7 +332,14 @@ def summary(verdicts: list[Verdict]) -> str:
             f"{kind}: {len(found)} mutants, {checked} noticed by a check, "
             f"{len(found) - checked - alive} by the result alone, {alive} survive"
         )
-    lines += [f"  survives: {verdict.line}" for verdict in verdicts if not verdict.noticed]
+        survivors = Counter((x.why, x.place) for x in found if not x.noticed)
+        for why in sorted({why for why, _ in survivors}):
+            places = [
+                f"{place} ({number})" if number > 1 else place
+                for (of, place), number in survivors.items()
+                if of == why
+            ]
+            lines.append(f"  {why}: {', '.join(places)}")
     return "\n".join(lines)
 
 

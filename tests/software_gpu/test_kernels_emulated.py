@@ -1,7 +1,7 @@
 """The kernels as compiled, on the emulator: a small part of what `docs/software-gpu.md` runs.
 
 Kernels are compiled where Triton was imported without TRITON_INTERPRET, so each test here runs
-tests in a process of its own: some of tests/kernels, and those at the end of this file.
+tests in a process of its own: some of tests/kernels, and `in_emulation.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.software_gpu import emulator, mutants
+from tests.software_gpu import emulator
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +22,11 @@ if reason := emulator.missing():
     pytest.skip(reason, allow_module_level=True)
 
 HERE = Path(__file__)
-IN_EMULATION = os.environ.get("ALRP_EMULATES") == "1"
 
 # One or two of each file: parity, edge cases, determinism, layouts.
 SOME = {
     "test_breakpoints.py": "nobody_below or starts_anew",
-    "test_kernels.py": "every_layout and breakpoints and sliced or only_padding or groups_over_levels",
+    "test_kernels.py": "only_padding or groups_over_levels",
     "test_kernels_pairwise.py": "warps_do_not_change",
     "test_locate.py": "test_repeats or test_no_classes",
     "test_skewed.py": "power_0",
@@ -56,7 +54,6 @@ def run(target: str, files: list[str], chosen: str, *options: str) -> int:
     return int(passed[1])
 
 
-@pytest.mark.skipif(IN_EMULATION, reason="starts the others")
 @pytest.mark.parametrize(
     ("target", "options"),
     [
@@ -71,35 +68,5 @@ def test_some_of_the_kernel_tests(target: str, options: list[str]) -> None:
     assert run(target, files, chosen, *options) >= 2 * len(SOME)
 
 
-@pytest.mark.skipif(IN_EMULATION, reason="starts the others")
 def test_orders_and_mutants() -> None:
-    assert run("sm_90", [str(HERE)], "same_bits or mutants_are") == 2
-
-
-# --- in that process ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def running(request: pytest.FixtureRequest) -> emulator.Emulation:
-    if not IN_EMULATION:
-        pytest.skip("run by the tests above")
-    return request.getfixturevalue("emulation")
-
-
-def test_the_same_bits_in_any_order(running: Any) -> None:
-    """Of programs: every launch of some calls is repeated; nothing is left to chance either."""
-    recordings = mutants.record(running, mutants.calls(quick=True))
-    assert len(recordings) > 5
-    for recording in recordings:
-        for schedule in (*mutants.SCHEDULES, {"order": 11, "concurrent": 64}):
-            assert recording.repeat(recording.kernel, **schedule) == ""
-
-
-def test_mutants_are_noticed(running: Any) -> None:
-    verdicts = mutants.run(running, quick=True)
-    print(mutants.summary(verdicts))
-    for kind in mutants.KINDS:
-        assert any(verdict.noticed for verdict in verdicts if verdict.mutant.kind == kind)
-    for verdict in verdicts:
-        if verdict.mutant.kind == mutants.MISALIGNED:
-            assert verdict.noticed.startswith("check"), verdict.line
+    assert run("sm_90", [str(HERE.with_name("in_emulation.py"))], "test") == 2
