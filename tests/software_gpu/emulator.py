@@ -188,6 +188,7 @@ class Kernel:
                 code.registers,
                 code.threads,
                 code.shared,
+                code.local,
                 special,
                 len(code.special),
             )
