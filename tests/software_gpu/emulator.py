@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from tests.software_gpu import emulator_ptx
-from tests.software_gpu.emulator_ptx import Code, Statement
+from tests.software_gpu.emulator_ptx import Code, Statement, Unsupported
 
+__all__ = ["Emulation", "EmulationError", "Kernel", "Report", "Unsupported", "emulated", "launch"]
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / x for x in ("emulator.cpp", "emulator_memory.h", "emulator_numbers.h")]
 _FLAGS = [

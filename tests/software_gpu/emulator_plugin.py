@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
-
 import pytest
 
 from tests.software_gpu import emulator
 
 # Tests of the interpreter, and what takes minutes here and is the same at other sizes.
 LEFT_OUT = {"test_irrelevant_tiles_are_skipped": "counts calls inside the interpreter"}
+
+
+def pytest_load_initial_conftests() -> None:
+    """Before Triton is imported, which is when it chooses the interpreter."""
+    os.environ["TRITON_INTERPRET"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
