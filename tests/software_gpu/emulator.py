@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alrp_triton import backend
 from tests.software_gpu import emulator_ptx
 from tests.software_gpu.emulator_ptx import Code, Statement, Unsupported
 
@@ -67,11 +68,8 @@ def missing(triton: bool = True) -> str:
         return "the emulator wants Linux on x86-64"
     if not shutil.which("g++"):
         return "the emulator wants g++"
-    try:
-        if triton:
-            importlib.import_module("triton.backends.nvidia.compiler")
-    except ImportError:
-        return "the emulator wants a Triton that compiles for NVIDIA GPUs"
+    if triton and not backend._CHOOSES_TRITON:
+        return "the emulator wants Triton 3.6 or later"
     return ""
 
 
@@ -350,9 +348,9 @@ class Emulation:
         from perf.machine_code import sass
 
         gpu = sass.gpu_target(self.target)
-        backend = triton.compiler.make_backend(gpu)
+        compiler = triton.compiler.make_backend(gpu)
         options, signature, constants, attributes = sass._specialise(
-            sass.Launch(jit, arguments), backend
+            sass.Launch(jit, arguments), compiler
         )
         key = jit, str((signature, constants, attributes, options))
         if key not in self.compiled:
@@ -422,7 +420,7 @@ def emulated(target: str = "sm_90", **options: Any) -> Iterator[Emulation]:
     """Emulate every kernel that is launched on CPU tensors; `options` are those of a launch."""
     from triton.runtime.jit import JITFunction
 
-    from alrp_triton import backend, ops
+    from alrp_triton import ops
 
     emulation = Emulation(target, options)
 

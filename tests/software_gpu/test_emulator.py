@@ -606,6 +606,13 @@ def test_one_element_too_short(access: str) -> None:
         run(AT.format(4) + access, torch.zeros(31, dtype=torch.int32), torch.zeros(1))
 
 
+def test_a_view_ends_before_its_storage() -> None:
+    storage, out = torch.zeros(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    run(f"{AT.format(4)} ld.global.b32 %r1, [%d2];", storage[10:42], out)
+    with pytest.raises(EmulationError, match="read of global memory out of bounds"):
+        run(f"{AT.format(4)} ld.global.b32 %r1, [%d2];", storage[10:41], out)
+
+
 def test_unknown_bounds_are_not_checked() -> None:
     buffer = torch.zeros(32, dtype=torch.int32)
     kernel = program(f"mov.b32 %r1, 5; {STORE}", 1)
