@@ -16,6 +16,9 @@ from tests.software_gpu import emulator
 
 # Tests of the interpreter, and what takes minutes here and is the same at other sizes.
 LEFT_OUT = {"test_irrelevant_tiles_are_skipped": "counts calls inside the interpreter"}
+# A NaN has no rank: its breakpoints may be written where others are, in a race that decides
+# nothing, since every result becomes NaN. What these tests compare still has to be right.
+COLLIDE = ("test_nan_score", "test_what_is_not_finite_reaches_every_group")
 
 
 def pytest_load_initial_conftests() -> None:
@@ -56,6 +59,11 @@ def emulation(request: pytest.FixtureRequest) -> Iterator[emulator.Emulation]:
         options = {"order": option("--order"), "concurrent": option("--interleaved")}
         with emulator.emulated(option("--emulate"), **options) as running:
             yield running
+
+
+@pytest.fixture(autouse=True)
+def _expect_collisions(request: pytest.FixtureRequest, emulation: emulator.Emulation) -> None:
+    emulation.keep_notes = getattr(request.node, "originalname", "") in COLLIDE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
