@@ -14,7 +14,7 @@
 constexpr int LANES = 32;
 using Lanes = uint64_t[LANES]; // a register of a warp, the bits of each lane right-aligned
 
-enum Space { GLOBAL, SHARED };
+enum Space { GLOBAL, SHARED, LOCAL };
 
 // Mirrors `INSTRUCTION` of emulator.py.
 struct Instruction {
@@ -38,7 +38,7 @@ struct Count {
 struct Kernel {
   std::vector<Instruction> code;
   std::vector<uint64_t> constants; // each LANES times
-  int registers, threads, shared;
+  int registers, threads, shared, local;
   std::vector<int32_t> special; // registers of SPECIAL of emulator.py, or -1
 };
 
@@ -67,6 +67,7 @@ struct Warp {
   int places[LANES] = {};
   bool waits = false;     // at a barrier
   uint32_t index = 0, syncs = 0;
+  std::vector<uint8_t> local; // memory of each lane, one after another
   std::vector<Copy> copies;
   std::vector<std::vector<Copy>> groups; // of copies, the oldest first
 
@@ -276,6 +277,15 @@ template <class T, bool IS_MINIMUM> void extreme_of_pairs(Step &s) {
 template <bool IS_MINIMUM> void extreme_relu(Step &s) {
   s.each<int32_t, int32_t>([](int32_t a, int32_t b) {
     return std::max(0, IS_MINIMUM ? std::min(a, b) : std::max(a, b));
+  });
+}
+
+// min.xorsign.abs: of the magnitudes, with the product of the signs.
+template <bool IS_MINIMUM> void extreme_of_magnitudes(Step &s) {
+  s.each<float, float>([&](float a, float b) {
+    if (s.has(FLUSH)) a = flush(a), b = flush(b);
+    float r = extreme<float, IS_MINIMUM>(fabsf(a), fabsf(b), s.has(PROPAGATE_NAN));
+    return r == r && std::signbit(a) != std::signbit(b) ? -r : r;
   });
 }
 
@@ -574,10 +584,16 @@ uint8_t *access(const Step &s, int space, uint64_t address, unsigned size, unsig
              address);
     if (s.launch.options.checks) {
       Thread thread{s.program.round, s.warp.index, s.warp.syncs, (uint32_t)lane};
-      const char *wrong = s.program.shared.touch(address, size, kind, thread, value);
+      const bool strict = s.launch.options.checks > 1;
+      const char *wrong = s.program.shared.touch(address, size, kind, thread, value, strict);
       if (wrong) s.note(wrong, address, s.in.number);
     }
     return s.program.shared.at(address);
+  }
+  if (space == LOCAL) {
+    const size_t own = s.launch.kernel.local;
+    if (address + size > own) s.fail("access to local memory out of bounds", address);
+    return &s.warp.local[lane * own + address];
   }
   if (!s.launch.global.holds(address, size))
     s.fail(writes ? "write to global memory out of bounds" : "read of global memory out of bounds",
@@ -599,7 +615,7 @@ uint64_t address_of(const Step &s, int k, int space, int lane) {
 
 // Sectors of 32 bytes of global memory; of shared memory how many words the fullest bank gives.
 void count_access(const Step &s, int k, int space, unsigned size) {
-  if (!s.launch.options.counts) return;
+  if (!s.launch.options.counts || space == LOCAL) return;
   const unsigned grain = space == GLOBAL ? 32 : 4;
   std::vector<uint64_t> grains;
   for (int l = 0; l < LANES; l++)
@@ -979,6 +995,8 @@ Table handlers() {
   t["rcp.approx.f64"] = approximate_reciprocal;
   t["min.relu.s32"] = extreme_relu<true>;
   t["max.relu.s32"] = extreme_relu<false>;
+  t["min.xorsign.f32"] = extreme_of_magnitudes<true>;
+  t["max.xorsign.f32"] = extreme_of_magnitudes<false>;
   t["and.pred"] = integer_2<uint64_t, And>;
   t["or.pred"] = integer_2<uint64_t, Or>;
   t["xor.pred"] = integer_2<uint64_t, Xor>;
@@ -996,6 +1014,8 @@ Table handlers() {
   t["cvt.f64.f32"] = widen_float;
   t["ld.global"] = load<GLOBAL>;
   t["ld.shared"] = load<SHARED>;
+  t["ld.local"] = load<LOCAL>;
+  t["st.local"] = store<LOCAL>;
   t["ld.param"] = load_parameter;
   t["st.global"] = store<GLOBAL>;
   t["st.shared"] = store<SHARED>;
@@ -1084,6 +1104,7 @@ void start(Launch &launch, Program &program, uint64_t number) {
     warp = Warp();
     warp.registers = std::move(registers);
     warp.index = w;
+    warp.local.assign((size_t)kernel.local * LANES, 0xAB);
     int threads = kernel.threads - LANES * (int)w;
     warp.alive = threads >= LANES ? ~0u : (1u << threads) - 1;
     for (int l = 0; l < LANES; l++) {
@@ -1165,14 +1186,15 @@ const char *emulator_handlers() {
 int emulator_instruction_size() { return sizeof(Instruction); }
 
 void *emulator_create(const Instruction *code, int instructions, const uint64_t *constants,
-                      int number, int registers, int threads, int shared, const int32_t *special,
-                      int specials) {
+                      int number, int registers, int threads, int shared, int local,
+                      const int32_t *special, int specials) {
   auto kernel = std::make_unique<Kernel>();
   kernel->code.assign(code, code + instructions);
   for (int k = 0; k < number; k++) kernel->constants.insert(kernel->constants.end(), LANES, constants[k]);
   kernel->registers = registers;
   kernel->threads = threads;
   kernel->shared = shared;
+  kernel->local = local;
   kernel->special.assign(special, special + specials);
   return kernel.release();
 }

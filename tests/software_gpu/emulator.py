@@ -29,9 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from alrp_triton import backend
 from tests.software_gpu import emulator_ptx
-from tests.software_gpu.emulator_ptx import Code, Statement
+from tests.software_gpu.emulator_ptx import Code, Statement, Unsupported
 
+__all__ = ["Emulation", "EmulationError", "Kernel", "Report", "Unsupported", "emulated", "launch"]
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / x for x in ("emulator.cpp", "emulator_memory.h", "emulator_numbers.h")]
 _FLAGS = [
@@ -66,11 +68,8 @@ def missing(triton: bool = True) -> str:
         return "the emulator wants Linux on x86-64"
     if not shutil.which("g++"):
         return "the emulator wants g++"
-    try:
-        if triton:
-            importlib.import_module("triton.backends.nvidia.compiler")
-    except ImportError:
-        return "the emulator wants a Triton that compiles for NVIDIA GPUs"
+    if triton and not backend._CHOOSES_TRITON:
+        return "the emulator wants Triton 3.6 or later"
     return ""
 
 
@@ -111,6 +110,11 @@ def _library() -> ctypes.CDLL:
     size = library.emulator_instruction_size()
     assert size == emulator_ptx.INSTRUCTION.size
     return library
+
+
+def handlers() -> list[str]:
+    """The names of what the C++ file can do, numbered by their order."""
+    return _library().emulator_handlers().decode().split()
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -167,12 +171,11 @@ class Report(NamedTuple):
 class Kernel:
     """PTX of one kernel, ready to be launched."""
 
-    def __init__(self, ptx: str, dynamic_shared: int = 0) -> None:
+    def __init__(self, ptx: str, dynamic_shared: int = 0, code: Code | None = None) -> None:
         library = _library()
         self.ptx = ptx
         self.dynamic_shared = dynamic_shared
-        self.code: Code = emulator_ptx.read(ptx, library.emulator_handlers().decode().split())
-        code = self.code
+        self.code = code = code or emulator_ptx.read(ptx, handlers())
         constants = struct.pack(f"<{len(code.constants)}Q", *code.constants)
         special = struct.pack(f"<{len(code.special)}i", *code.special)
         self._handle = ctypes.c_void_p(
@@ -184,6 +187,7 @@ class Kernel:
                 code.registers,
                 code.threads,
                 code.shared,
+                code.local,
                 special,
                 len(code.special),
             )
@@ -201,7 +205,7 @@ class Kernel:
         *,
         order: int = ASCENDING,
         concurrent: int = 1,
-        checks: bool = True,
+        checks: int = 1,
         counts: bool = False,
         most_instructions: int = _ENDLESS,
     ) -> Report:
@@ -214,7 +218,8 @@ class Kernel:
                 and races in global memory are not looked for.
             order: In which programs run; ASCENDING, DESCENDING, or the seed of a random order.
             concurrent: How many programs take turns.
-            checks: Look for races and for shared memory that nobody wrote.
+            checks: Look for races and for shared memory that nobody wrote. 2 takes what writes
+                the value that is there for a race too.
             counts: Count sectors and wavefronts too.
             most_instructions: Of warps, before the launch counts as endless.
 
@@ -282,16 +287,20 @@ def _bytes_of(argument: int | float | bytes | Tensor, type: str) -> bytes:
 
 
 def memory_of(tensors: Iterable[Tensor]) -> Ranges:
-    """The storages of tensors, those that overlap put together."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages)
+    """From the first element to behind the last of each tensor, those that overlap put together."""
     merged: Ranges = []
-    for start, end in spans:
+    for start, end in sorted(_extent(tensor) for tensor in tensors if tensor.numel()):
         if merged and start < merged[-1][1]:
             merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
             merged.append((start, end))
     return merged
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def launch(
@@ -339,9 +348,9 @@ class Emulation:
         from perf.machine_code import sass
 
         gpu = sass.gpu_target(self.target)
-        backend = triton.compiler.make_backend(gpu)
+        compiler = triton.compiler.make_backend(gpu)
         options, signature, constants, attributes = sass._specialise(
-            sass.Launch(jit, arguments), backend
+            sass.Launch(jit, arguments), compiler
         )
         key = jit, str((signature, constants, attributes, options))
         if key not in self.compiled:
@@ -364,15 +373,16 @@ class Emulation:
             value for name, type in signature.items() for value in _flatten(arguments[name], type)
         ]
         lacking = len(kernel.code.parameters) - len(flat)
-        report = kernel.launch(
-            grid(arguments) if callable(grid) else grid,
-            [*flat, *[0] * lacking],  # pointers to scratch memory
-            memory_of(x for x in flat if isinstance(x, Tensor)),
-            **self.options,
-        )
+        flat += [0] * lacking  # pointers to scratch memory
+        report = self.launch(kernel, grid(arguments) if callable(grid) else grid, flat)
         self.launches.append(report)
         if report.notes and not self.keep_notes:
             raise EmulationError("; ".join(report.notes))
+
+    def launch(self, kernel: Kernel, grid: Sequence[int], arguments: list[Any]) -> Report:
+        """One launch, which may touch the storages of the tensors among its arguments."""
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        return kernel.launch(grid, arguments, memory_of(tensors), **self.options)
 
 
 @contextmanager
@@ -410,7 +420,7 @@ def emulated(target: str = "sm_90", **options: Any) -> Iterator[Emulation]:
     """Emulate every kernel that is launched on CPU tensors; `options` are those of a launch."""
     from triton.runtime.jit import JITFunction
 
-    from alrp_triton import backend, ops
+    from alrp_triton import ops
 
     emulation = Emulation(target, options)
 

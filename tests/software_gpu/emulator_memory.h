@@ -55,13 +55,14 @@ public:
   size_t size() const { return bytes.size(); }
   uint8_t *at(size_t address) { return &bytes[address]; }
 
-  // What is wrong with an access, or null. What writes the value that is there disturbs nobody.
+  // What is wrong with an access, or null. What writes the value that is there disturbs nobody,
+  // unless one is strict.
   const char *touch(size_t address, size_t size, Kind kind, const Thread &by,
-                    const uint8_t *value) {
+                    const uint8_t *value, bool strict) {
     const char *wrong = nullptr;
     for (size_t k = 0; k < size; k++) {
       Byte &byte = shadow[address + k];
-      bool changes = kind != WRITE || !byte.written || bytes[address + k] != value[k];
+      bool changes = kind != WRITE || strict || !byte.written || bytes[address + k] != value[k];
       if (kind != WRITE && !byte.written) wrong = "shared memory that nobody wrote is read";
       if (changes)
         for (Kind other : {READ, WRITE, ATOMIC})

@@ -10,14 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
-
 import pytest
 
 from tests.software_gpu import emulator
 
 # Tests of the interpreter, and what takes minutes here and is the same at other sizes.
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT = {"test_irrelevant_tiles_are_skipped": "counts calls inside the interpreter"}
+# A NaN has no rank: its breakpoints may be written where others are, in a race that decides
+# nothing, since every result becomes NaN. What these tests compare still has to be right.
+COLLIDE = ("test_nan_score", "test_what_is_not_finite_reaches_every_group")
+
+
+def pytest_load_initial_conftests() -> None:
+    """Before Triton is imported, which is when it chooses the interpreter."""
+    os.environ["TRITON_INTERPRET"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,17 +61,13 @@ def emulation(request: pytest.FixtureRequest) -> Iterator[emulator.Emulation]:
             yield running
 
 
+@pytest.fixture(autouse=True)
+def _expect_collisions(request: pytest.FixtureRequest, emulation: emulator.Emulation) -> None:
+    emulation.keep_notes = getattr(request.node, "originalname", "") in COLLIDE
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name, reason in LEFT_OUT.items():
             if name in item.nodeid:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    # Of the fixture, which is gone by now.
-    for line in EMULATED:
-        terminalreporter.write_line(line)
-
-
-EMULATED: list[str] = []

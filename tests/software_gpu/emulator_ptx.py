@@ -60,6 +60,7 @@ class Code(NamedTuple):
     parameters: list[Parameter]
     threads: int  # in a program
     shared: int  # bytes that are declared
+    local: int  # bytes of a thread
 
 
 class Parameter(NamedTuple):
@@ -105,7 +106,7 @@ _CACHE = (  # hints, which change no result
 )
 _SEM = r"(?:\.(?P<sem>weak|volatile|relaxed|acquire|release|acq_rel))"
 _SCOPE = r"(?:\.(?P<scope>cta|cluster|gpu|sys))"
-_SPACE = r"\.(?P<space>global|shared)(?:::cta)?"
+_SPACE = r"\.(?P<space>global|shared|local)(?:::cta)?"
 _ELEMENT = r"(?:\.(?P<vector>v[248]))?\.(?P<type>[bus](?:8|16|32|64)|f32|f64)"
 _WHERE = (
     r"(?P<where>(?:\.(?:global|shared|shared::cta|cta|gpu|sys|relaxed|acquire|release|acq_rel))+)"
@@ -211,6 +212,7 @@ _add("div", rf"{_ROUNDS}\.(?P<type>f64)", "d a a")
 _add("rcp sqrt", rf"{_ROUNDS}{_FTZ}\.(?P<type>f32)", "d a")
 _add("rcp sqrt", rf"{_ROUNDS}\.(?P<type>f64)", "d a")
 _add("rcp sqrt rsqrt ex2 lg2 sin cos", rf"\.approx{_FTZ}\.(?P<type>f32)", "d a")
+_add("rsqrt", r"\.approx\.(?P<type>f64)", "d a")
 _add("tanh", r"\.approx\.(?P<type>f32)", "d a")
 _add("rcp", r"\.approx\.ftz\.f64", "d a", "rcp.approx.f64")
 _add("neg abs", rf"{_FTZ}\.(?P<type>f32)", "d a")
@@ -219,6 +221,7 @@ _add("neg abs", _SHORT, "d a")
 _add("min max", rf"{_FTZ}{_NAN}\.(?P<type>f32)", "d a a")
 _add("min max", r"\.(?P<type>f64)", "d a a")
 _add("min max", rf"{_NAN}{_SHORT}", "d a a")
+_add("min max", rf"{_FTZ}{_NAN}\.xorsign\.abs\.f32", "d a a", "{op}.xorsign.f32")
 _add("copysign", r"\.(?P<type>f32|f64)", "d a a")
 
 _add("and or xor", r"\.(?P<type>pred|b16|b32|b64)", "d a a")
@@ -249,7 +252,7 @@ _add(
 _add("setp", r"\.(?P<compare>[a-zN]+)(?P<bool>)\.(?P<type>b?f16x2)", "d|p a a", detail=_compare)
 _add("selp", r"\.(?:[bus](?:16|32|64)|f32|f64|f16|bf16)", "d a a a", "selp")
 _add("mov", r"\.(?P<type>pred|[bus](?:16|32|64)|f32|f64|f16|bf16|f16x2|bf16x2)", "{d} {a}", "mov")
-_add("cvta", r"(?:\.to)?\.global\.u64", "d a", "mov")
+_add("cvta", r"(?:\.to)?\.(?:global|local)\.u64", "d a", "mov")
 _add(
     "cvt",
     r"(?:\.(?:(?P<round>rn|rz|rm|rp)|(?P<whole>r[nzmp]i)))?(?:\.(?P<relu>relu))?"
@@ -329,7 +332,7 @@ _TOKEN = re.compile(
 )
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 _BLANK = re.compile(r"\s*")
-_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
+_DECLARED = re.compile(r"\.(shared|local)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 
 
 def read(ptx: str, handlers: list[str]) -> Code:
@@ -345,8 +348,8 @@ class _Reader:
         self.constants: dict[int, int] = {}
         self.scopes: list[dict[str, int | None]] = [dict.fromkeys(SPECIAL)]  # name: register
         self.registers = 0
-        self.symbols: dict[str, int] = {}  # where what is declared in shared memory begins
-        self.shared = 0
+        self.symbols: dict[str, int] = {}  # where what is declared begins in its memory
+        self.shared = self.local = 0
         self.labels: dict[str, int] = {}
         self.parameters: dict[str, Parameter] = {}
         self.threads = 0
@@ -357,8 +360,8 @@ class _Reader:
         entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text)
         if not entry or len(re.findall(r"\.entry\b", text)) != 1:
             raise Unsupported("a module without just one kernel")
-        for declared in _SHARED.finditer(text, 0, entry.start()):
-            self._declare_shared(declared)
+        for declared in _DECLARED.finditer(text, 0, entry.start()):
+            self._declare(declared)
         self._read_parameters(entry.group(2))
         self._read_directives(entry.group(3))
         for line, token in _tokens(text, entry.end() - 1):
@@ -373,6 +376,7 @@ class _Reader:
             list(self.parameters.values()),
             self.threads,
             self.shared,
+            self.local,
         )
 
     def _read_parameters(self, text: str) -> None:
@@ -417,8 +421,8 @@ class _Reader:
                 raise Unsupported(f"line {statement.line}, {statement.text} {error}") from None
         elif text.startswith(".reg"):
             self._declare_registers(text)
-        elif declared := _SHARED.match(text):
-            self._declare_shared(declared)
+        elif declared := _DECLARED.match(text):
+            self._declare(declared)
         elif not text.startswith(".pragma"):
             raise Unsupported(f"line {statement.line}: {text}")
 
@@ -431,11 +435,11 @@ class _Reader:
             names = [f"{name}{k}" for k in range(int(number))] if number else [name]
             self.scopes[-1].update(dict.fromkeys(names))
 
-    def _declare_shared(self, declared: re.Match[str]) -> None:
-        alignment, name, size = declared.groups()
-        self.shared = -(-self.shared // int(alignment)) * int(alignment)
-        self.symbols[name] = self.shared
-        self.shared += int(size or 0)  # what has no size is what the launch gives
+    def _declare(self, declared: re.Match[str]) -> None:
+        space, alignment, name, size = declared.groups()
+        start = -(-getattr(self, space) // int(alignment)) * int(alignment)
+        self.symbols[name] = start
+        setattr(self, space, start + int(size or 0))  # without a size it is what the launch gives
 
     def _instruction(self, text: str, statement: Statement) -> None:
         guard = re.match(r"@(!?)([%\w$]+)\s+", text)

@@ -191,6 +191,7 @@ case("ex2.approx.f32 %z, %a;", [32, 32], (f(3), f(8)), (f(-math.inf), 0))
 case("ex2.approx.ftz.f32 %z, %a;", [32, 32], (f(-149), 0))
 case("lg2.approx.f32 %z, %a;", [32, 32], (f(8), f(3)), (0, f(-math.inf)), (f(-1), NAN))
 case("rsqrt.approx.f32 %z, %a;", [32, 32], (f(4), f(0.5)), (0, f(math.inf)))
+case("rsqrt.approx.f64 %z, %a;", [64, 64], (d(4), d(0.5)))
 case("tanh.approx.f32 %z, %a;", [32, 32], (f(math.inf), f(1)), (0, 0))
 
 EXTREMES = [(NAN, f(1)), (f(1), NAN), (NAN, NAN), (0, f(-0.0)), (f(-0.0), 0), (f(1), f(2))]
@@ -202,6 +203,12 @@ for name, results in (
 ):
     rows = [(*pair, result) for pair, result in zip(EXTREMES, results, strict=True)]
     case(f"{name}.f32 %z, %a, %b;", [32, 32, 32], *rows)
+case(
+    "min.xorsign.abs.f32 %z, %a, %b;",
+    [32, 32, 32],
+    *[(f(-3), f(2), f(-2)), (f(-1), f(-2), f(1)), (NAN, f(-2), f(-2)), (f(-1), NAN, f(-1))],
+)
+case("max.NaN.xorsign.abs.f32 %z, %a, %b;", [32, 32, 32], (f(-3), f(2), f(-3)), (NAN, f(1), NAN))
 case("min.f64 %z, %a, %b;", [64, 64, 64], (NAN_64, d(1), d(1)), (d(-0.0), 0, d(-0.0)))
 case("max.ftz.f32 %z, %a, %b;", [32, 32, 32], (SUBNORMAL, 0x80000001, 0))
 
@@ -583,10 +590,27 @@ def test_a_lane_whose_predicate_fails_touches_nothing() -> None:
     assert report.sectors in (6, 7, 8)  # of 32 bytes: 80 bytes twice, wherever they begin
 
 
+def test_local_memory_is_each_threads_own() -> None:
+    found = of_lanes("""
+        .local .align 8 .b8 stack[16];
+        mov.b64 %d1, stack; st.local.v2.b32 [%d1 + 8], {%t, 7}; ld.local.b32 %r1, [%d1 + 8];
+        ld.local.b32 %r2, [%d1 + 12]; mad.lo.s32 %r1, %r1, 10, %r2;""")
+    assert found == [10 * lane + 7 for lane in range(32)]
+    with pytest.raises(EmulationError, match="local memory out of bounds"):
+        of_lanes(".local .align 8 .b8 stack[16]; mov.b64 %d1, stack; st.local.b32 [%d1 + 16], %t;")
+
+
 @pytest.mark.parametrize("access", ["ld.global.b32 %r1, [%d2];", "st.global.b32 [%d2], %t;"])
 def test_one_element_too_short(access: str) -> None:
     with pytest.raises(EmulationError, match="global memory out of bounds"):
         run(AT.format(4) + access, torch.zeros(31, dtype=torch.int32), torch.zeros(1))
+
+
+def test_a_view_ends_before_its_storage() -> None:
+    storage, out = torch.zeros(64, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    run(f"{AT.format(4)} ld.global.b32 %r1, [%d2];", storage[10:42], out)
+    with pytest.raises(EmulationError, match="read of global memory out of bounds"):
+        run(f"{AT.format(4)} ld.global.b32 %r1, [%d2];", storage[10:41], out)
 
 
 def test_unknown_bounds_are_not_checked() -> None:
@@ -854,7 +878,7 @@ def test_a_store_that_another_warp_reads_wants_a_barrier() -> None:
         "mul.s32 %r1, %r1, %r2;",
         "fma.f32 %r1, %r1, %r2, %r3;",
         "div.f32 %r1, %r1, %r2;",
-        "min.xorsign.abs.f32 %r1, %r1, %r2;",
+        "min.xorsign.f32 %r1, %r1, %r2;",
         "setp.lo.s32 %p1, %r1, %r2;",
         "setp.lt.b32 %p1, %r1, %r2;",
         "setp.lt.and.s32 %p1, %r1, %r2;",
@@ -866,7 +890,6 @@ def test_a_store_that_another_warp_reads_wants_a_barrier() -> None:
         "mov.u32 %r1, %clock;",
         "mov.u64 %d1, %globaltimer;",
         "mov.u32 %r1, %cluster_ctaid.x;",
-        "ld.local.b32 %r1, [%d1];",
         "ld.const.b32 %r1, [%d1];",
         "ld.b32 %r1, [%d1];",
         "ld.param.b32 %r1, [nothing];",
@@ -883,7 +906,7 @@ def test_a_store_that_another_warp_reads_wants_a_barrier() -> None:
         "call.uni vprintf, (%d1);",
         "bra nowhere;",
         "nanosleep.u32 100;",
-        ".local .align 8 .b8 stack[16];",
+        ".const .align 8 .b8 table[16];",
     ],
 )
 def test_what_is_not_modelled_raises(statement: str) -> None:
