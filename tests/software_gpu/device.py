@@ -264,7 +264,7 @@ class Operators(TorchDispatchMode):
 
 
 def _fill_unwritten(out: Tensor) -> None:
-    """What deterministic algorithms ask for: memory that nobody wrote shows."""
+    """Fill memory as deterministic algorithms ask: what nobody wrote shows."""
     if torch.are_deterministic_algorithms_enabled() and out.numel():
         alias = on_cpu(out)
         if alias.is_floating_point():

@@ -74,7 +74,7 @@ def missing(triton: bool = True) -> str:
 
 
 def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    """The library made of a file and of those that it includes, built if it has not been yet."""
+    """Return the library made of a file and those that it includes; build it if need be."""
     key = hashlib.sha256(" ".join(flags).encode())
     for source in sources:
         key.update(source.read_bytes())
@@ -113,7 +113,7 @@ def _library() -> ctypes.CDLL:
 
 
 def handlers() -> list[str]:
-    """The names of what the C++ file can do, numbered by their order."""
+    """Return the names of what the C++ file can do, numbered by their order."""
     return _library().emulator_handlers().decode().split()
 
 
@@ -150,7 +150,7 @@ class Report(NamedTuple):
         return sum(count.warps for count in self.counts)
 
     def by_opcode(self) -> Counter[str]:
-        """Executed instructions of warps by the first word of the opcode: fma, ld, bar."""
+        """Count what warps executed by the first word of the opcode: fma, ld, bar."""
         total: Counter[str] = Counter()
         for count in self.counts:
             total[count.opcode.partition(".")[0]] += count.warps
@@ -342,7 +342,7 @@ class Emulation:
         self.compiled: dict[tuple[Any, str], Kernel] = {}
 
     def kernel(self, jit: Any, arguments: dict[str, Any]) -> tuple[Kernel, dict[str, str]]:
-        """The kernel compiled for these arguments, and the types of its parameters."""
+        """Return the kernel compiled for these arguments, and the types of its parameters."""
         import triton
 
         from perf.machine_code import sass
@@ -407,7 +407,7 @@ def _no_machine_code() -> Iterator[None]:
 
 
 def _flatten(value: Any, type: Any) -> Iterator[Any]:
-    """What is passed at run time of an argument, which may be a tuple."""
+    """Return what is passed at run time of an argument, which may be a tuple."""
     if isinstance(type, (tuple, list)):
         for part, of_part in zip(value, type, strict=True):
             yield from _flatten(part, of_part)

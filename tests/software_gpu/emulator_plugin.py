@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def emulation(request: pytest.FixtureRequest) -> Iterator[emulator.Emulation]:
-    """What runs the kernels of all tests."""
+    """Run the kernels of all tests."""
     if reason := emulator.missing():
         pytest.skip(reason)
     from alrp_triton.kernels.tuning import files

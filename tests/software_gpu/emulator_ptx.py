@@ -507,7 +507,7 @@ class _Reader:
             built["immediate"] = offset
 
     def _finish(self, built: dict[str, Any], match: re.Match[str]) -> None:
-        """What is particular to an instruction."""
+        """Add what is particular to an instruction."""
         handler, numbers = built["handler"], built["numbers"]
         if handler == "mov":
             self._move(built, match["type"])
@@ -543,7 +543,7 @@ class _Reader:
         raise Unsupported(f"unknown register {name}")
 
     def _value(self, text: str) -> int:
-        """The register of an operand, or as a negative number the constant."""
+        """Return the register of an operand, or as a negative number the constant."""
         if text in self.symbols:
             return self._constant(self.symbols[text])
         if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text):
@@ -602,7 +602,7 @@ def _kind_of_conversion(built: dict[str, Any], match: re.Match[str]) -> str:
 
 
 def _without_comments(ptx: str) -> tuple[list[str], list[str]]:
-    """The lines without comments and places; and of each line the place in the source."""
+    """Return the lines without comments and places; and of each line the place in the source."""
     lines, sources, source = [], [], ""
     for line in ptx.splitlines():
         code, _, comment = line.partition("//")

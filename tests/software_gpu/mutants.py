@@ -49,7 +49,7 @@ class Recording(NamedTuple):
         return emulator.memory_of(x for x in self.arguments if isinstance(x, Tensor))
 
     def repeat(self, kernel: Kernel, memory: emulator.Ranges | None = None, **options: Any) -> str:
-        """What shows a fault, or nothing: a check, or other results."""
+        """Return what shows a fault, or nothing: a check, or other results."""
         for storage, content in zip(self.storages, self.before, strict=True):
             storage.copy_(content)
         options = {"most_instructions": MOST_INSTRUCTIONS} | options
@@ -94,7 +94,7 @@ class Verdict(NamedTuple):
 
 
 def record(emulation: Emulation, calls: Iterable[Callable[[], None]]) -> list[Recording]:
-    """The launches of calls, those that execute nothing new left out."""
+    """Return the launches of calls, those that execute nothing new left out."""
     recordings: list[Recording] = []
     executed: set[tuple[int, int]] = set()
     launch = emulation.launch
@@ -308,7 +308,7 @@ def run(emulation: Emulation, quick: bool) -> list[Verdict]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--quick", action="store_true", help="few kernels, in a minute")

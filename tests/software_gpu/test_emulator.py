@@ -27,22 +27,22 @@ DTYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def f(x: float) -> int:
-    """A float32's bits."""
+    """Return a float32's bits."""
     return struct.unpack("<I", struct.pack("<f", x))[0]
 
 
 def d(x: float) -> int:
-    """A float64's bits."""
+    """Return a float64's bits."""
     return struct.unpack("<Q", struct.pack("<d", x))[0]
 
 
 def h(x: float) -> int:
-    """A float16's bits."""
+    """Return a float16's bits."""
     return struct.unpack("<H", struct.pack("<e", x))[0]
 
 
 def b(x: float) -> int:
-    """A bfloat16's bits, of a number that is one."""
+    """Return a bfloat16's bits, of a number that is one."""
     assert f(x) & 0xFFFF == 0
     return f(x) >> 16
 
@@ -52,7 +52,7 @@ SUBNORMAL = 0x00000001
 
 
 def program(body: str, buffers: int, threads: int = 32, shared: int = 0) -> Kernel:
-    """A kernel whose parameters are buffers %x0, %x1, ...; %t is the thread, %q the program."""
+    """Make a kernel of buffers %x0, %x1, ...; %t is the thread, %q the program."""
     parameters = ", ".join(f".param .u64 buffer{k}" for k in range(buffers))
     loads = "\n".join(f"ld.param.b64 %x{k}, [buffer{k}];" for k in range(buffers))
     return Kernel(
@@ -90,7 +90,7 @@ def run(body: str, *buffers: Tensor, grid: int = 1, threads: int = 32, shared: i
 
 
 def compute(statement: str, widths: list[int], rows: list[tuple[int, ...]]) -> list[int]:
-    """What a statement makes of operands %a, %b, ... of some widths in bits, as %z of the last."""
+    """Return what a statement makes, as %z, of operands %a, %b, ... of some widths in bits."""
     *of_operands, of_result = widths
     declared, loads, buffers = [], [], []
     for k, (name, width) in enumerate(zip("abcde", of_operands, strict=False)):
@@ -265,7 +265,7 @@ LEAST_32, LEAST_64, ALL_32, ALL_64 = 1 << 31, 1 << 63, (1 << 32) - 1, (1 << 64) 
 
 
 def m(x: int, width: int = 32) -> int:
-    """A negative number's bits."""
+    """Return a negative number's bits."""
     return x & ((1 << width) - 1)
 
 
@@ -423,7 +423,7 @@ STORE = "mul.wide.u32 %d1, %t, 4; add.s64 %d1, %d1, %x0; st.global.b32 [%d1], %r
 
 
 def of_lanes(body: str, threads: int = 32, **options) -> list[int]:
-    """What every lane leaves in %r1."""
+    """Return what every lane leaves in %r1."""
     out = torch.zeros(threads, dtype=torch.int32)
     run(body + STORE, out, threads=threads, **options)
     return out.tolist()

@@ -48,7 +48,7 @@ print(json.dumps([found, [str(x.message) for x in caught]], default=str))
 
 @pytest.fixture(scope="module")
 def walked():
-    """What came of every step, and what torch warned of."""
+    """Return what came of every step, and what torch warned of."""
     try:
         done = runtime.run("-c", SCRIPT, cwd=ROOT)
     except build.Unavailable as reason:

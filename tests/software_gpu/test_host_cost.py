@@ -21,7 +21,7 @@ TABLE = TABLES.get(host_cost.versions(), {})
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, host_cost.Numbers]:
-    """What is counted now, in one process for all calls."""
+    """Return what is counted now, in one process for all calls."""
     try:
         return host_cost.measure()
     except build.Unavailable as reason:
