@@ -25,6 +25,8 @@ from .reference.layout import Batch
 
 _library = library.Library("alrp_triton", "DEF")
 
+functions: dict[str, Callable[..., Any]] = {}  # behind the operators, for who looks into these
+
 
 def _refuse_to_map(*_: Any) -> NoReturn:
     raise RuntimeError(
@@ -45,6 +47,7 @@ def _operator(fake: Callable[..., Any], mapped: Callable[..., Any] | None = _ref
 
     def register(function: Callable[..., Any]) -> Any:
         name = function.__name__
+        functions[name] = function
         _library.define(name + library.infer_schema(function, mutates_args=()))
         library.impl(_library, name, "CompositeExplicitAutograd")(function)
         library.register_fake(f"alrp_triton::{name}", fake, lib=_library)

@@ -38,7 +38,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "alrp_triton":  # opaque but for this
             with self:
-                return getattr(ops, f"_{func._opname}")(*args, **(kwargs or {}))
+                return ops.functions[func._opname](*args, **(kwargs or {}))
         name = func._opname
         if not self.interpreting and not any(free in name for free in FREE):
             self.operators[name] += 1
