@@ -17,6 +17,7 @@ from alrp_triton.kernels.tuning.block_sizes import (
     default_breakpoint_tiles,
 )
 from alrp_triton.kernels.tuning.costs import BreakpointCosts, Costs, PairwiseCosts, default_costs
+from alrp_triton.reference.layout import Batch
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 SOME = {"dtype": "float32", "positives": [65, 1024], "logits": [1 << 20, None]}
@@ -82,7 +83,7 @@ def test_an_algorithm_is_run_by_the_sizes_of_its_class(on_a_gpu):
     for algorithm in (pairwise, breakpoints):
         for logits, expected in ((1 << 20, True), (1 << 19, False)):
             levels = [torch.empty(2, logits // 2, device="meta")]
-            tiles = algorithm.choose_tiles(levels, scores)
+            tiles = algorithm.choose_tiles(Batch(levels, levels, scores, scores, 1.0, -100))
             assert (tiles.gradient_rows == 2) == expected
 
 

@@ -4,7 +4,7 @@
         pairwise.count(...)  # tensors on the CPU; kernels are compiled, their PTX is executed
 
 `docs/software-gpu.md` says what is modelled and what is not. The part in C++ is built at the first
-use, in the folder that ALRP_SOFTWARE_GPU_CACHE names or else in ~/.cache/alrp_triton.
+use (`perf.software_gpu.build`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ import ctypes
 import hashlib
 import importlib
 import os
-import platform
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,21 +25,14 @@ import torch
 from torch import Tensor
 
 from alrp_triton import backend
+from perf.software_gpu import build
 from tests.software_gpu import emulator_ptx
 from tests.software_gpu.emulator_ptx import Code, Statement, Unsupported
 
 __all__ = ["Emulation", "EmulationError", "Kernel", "Report", "Unsupported", "emulated", "launch"]
 _HERE = Path(__file__).parent
-_SOURCES = [_HERE / x for x in ("emulator.cpp", "emulator_memory.h", "emulator_numbers.h")]
-_FLAGS = [
-    "-std=c++17",
-    "-O2",
-    "-march=native",
-    "-frounding-math",
-    "-ffp-contract=off",
-    "-fPIC",
-    "-shared",
-]
+_HEADERS = [_HERE / x for x in ("emulator_memory.h", "emulator_numbers.h")]
+_FLAGS = ["-march=native", "-frounding-math", "-ffp-contract=off"]
 _OPTIONS = struct.Struct("<3I5iQ")  # `Options` of the C++ file
 _LONGEST_REPORT = 1 << 16
 _ENDLESS = 2 * 10**9  # instructions of warps
@@ -64,36 +52,13 @@ class EmulationError(RuntimeError):
 
 def missing(triton: bool = True) -> str:
     """Why nothing can be emulated here, or an empty text; without Triton, PTX still can."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "the emulator wants Linux on x86-64"
-    if not shutil.which("g++"):
-        return "the emulator wants g++"
+    try:
+        build.compiler()
+    except build.Unavailable as reason:
+        return str(reason)
     if triton and not backend._CHOOSES_TRITON:
         return "the emulator wants Triton 3.6 or later"
     return ""
-
-
-def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    """Return the library made of a file and those that it includes; build it if need be."""
-    key = hashlib.sha256(" ".join(flags).encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    key.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
-    key.update(_processor())  # which -march=native depends on
-    folder = _cache()
-    library = folder / f"{sources[0].stem}-{key.hexdigest()[:20]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # others may build at the same time
-            made = Path(own) / "library.so"
-            subprocess.run(["g++", *flags, str(sources[0]), "-o", str(made)], check=True)
-            made.replace(library)
-    return library
-
-
-def _cache() -> Path:
-    default = Path.home() / ".cache" / "alrp_triton"
-    return Path(os.environ.get("ALRP_SOFTWARE_GPU_CACHE") or default)
 
 
 def _processor() -> bytes:
@@ -103,7 +68,10 @@ def _processor() -> bytes:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(build(_SOURCES, _FLAGS)))
+    # What is included, and what -march=native depends on, are parts of the library's name too.
+    parts = hashlib.sha256(_processor() + build.digest(*_HEADERS).encode()).hexdigest()[:16]
+    flags = [*_FLAGS, f"-DPARTS={parts}"]
+    library = ctypes.CDLL(str(build.library("emulator.so", [_HERE / "emulator.cpp"], flags)))
     library.emulator_handlers.restype = ctypes.c_char_p
     library.emulator_create.restype = ctypes.c_void_p
     library.emulator_destroy.argtypes = [ctypes.c_void_p]
@@ -396,7 +364,7 @@ def _no_machine_code() -> Iterator[None]:
     variable, folder = "TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR")
     kept = CUDABackend.make_cubin
     CUDABackend.make_cubin = lambda *args, **options: b""
-    os.environ[variable] = str(_cache() / "ptx")
+    os.environ[variable] = str(build.cache() / "ptx")
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from perf.software_gpu import build
 from tests.software_gpu import emulator
 from tests.software_gpu.emulator import EmulationError, Kernel, memory_of
 from tests.software_gpu.emulator_ptx import Unsupported
@@ -918,14 +919,14 @@ def test_what_is_not_modelled_raises(statement: str) -> None:
 
 
 def test_many_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALRP_SOFTWARE_GPU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(build.FOLDER, str(tmp_path / "cache"))
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
     with ThreadPoolExecutor(4) as pool:
-        built = set(pool.map(lambda _: emulator.build([source], ["-shared", "-fPIC"]), range(4)))
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [x.name for x in built]
+        (built,) = set(pool.map(lambda _: build.library("answer.so", [source]), range(4)))
+    assert list((tmp_path / "cache").iterdir()) == [built.parent]
     source.write_text('extern "C" int answer() { return 43; }')
-    assert emulator.build([source], ["-shared", "-fPIC"]) not in built
+    assert build.library("answer.so", [source]) != built
 
 
 def test_the_parts_agree_on_their_structures() -> None:
