@@ -155,9 +155,11 @@ def _ranking_update(counts: Counts, errors: Errors, ranking: Ranking) -> _Update
     if ranking.skew:
         powers = torch.full_like(mass, ranking.skew)
         mass = ops.skewed_mass(*ranking.detached(), powers, ranking.impl)
-        # Where no negative has a margin (ties under the hard step) all have the same: uniform.
-        powers = torch.where(mass == 0, 0.0, powers)
-        mass = torch.where(mass == 0, counts.nfp, mass)
+        # Where no negative has a margin to speak of (ties under the hard step, float64 logits that
+        # are next to ties), all have the same: uniform.
+        tied = mass < _MIN_ABOVE
+        powers = torch.where(tied, 0.0, powers)
+        mass = torch.where(tied, counts.nfp, mass)
     return _Update((update / mass).masked_fill_(nothing, 0.0), powers, -update)
 
 
@@ -172,7 +174,8 @@ def _sorting_update(
     return passed - update
 
 
-_MIN_ABOVE = 2.0**-900  # quotients by more than this are finite, times what may come from above too
+# Quotients by as much as this are finite, times what may come from above too.
+_MIN_ABOVE = 2.0**-900
 
 
 def _share(above: Tensor, errors: Errors) -> tuple[Tensor, Tensor]:

@@ -337,9 +337,10 @@ def error_driven_loss(
             positives; it reaches `errors_fn` as `counts.values`, with S(i) of it as
             `counts.value_sum`. It gets no gradient.
         skew: in [0, 4], the power of the margin x_ij + delta in p(j|i), which promotes harder
-            negatives (Sec. 3): p(j|i) is proportional to H(x_ij) (x_ij + delta)^skew. 0 is the
-            uniform distribution above, and the fast one: any other evaluates every pair, so that
-            algorithm="breakpoints" raises.
+            negatives (Sec. 3): p(j|i) is proportional to H(x_ij) (x_ij + delta)^skew. Where these
+            sum to less than 2^-900, negatives tie, and share alike. 0 is the uniform distribution
+            above, and the fast one: any other evaluates every pair, so that algorithm="breakpoints"
+            raises.
 
     Returns:
         The loss, a scalar; 0 if there is no positive.

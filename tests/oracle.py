@@ -39,6 +39,8 @@ REAL = np.longdouble
 OWN = float(np.finfo(REAL).eps)
 LARGEST = REAL(2) ** 125  # infinite scores, and finite ones beyond, are ranked as this
 PAIRS = 1 << 16  # evaluated at once: what a cache holds
+SMALLEST = REAL(2) ** -1074  # double
+TIED = REAL(2) ** -900  # powers of margins that sum to less are those of ties
 DOUBLE = 2.0**-53
 
 
@@ -265,8 +267,8 @@ def _count(flat: Flat, by: Rounding) -> _Counts:
     d_rank += by.sums * (1 + rank)
     if not flat.skew:
         mass, d_mass = nfp, d_nfp
-    # Where no negative has a margin (ties under the hard step), all get the same.
-    even = mass == 0
+    # Where no negative has a margin to speak of (ties under the hard step), all get the same.
+    even = mass < TIED
     mass, d_mass = np.where(even, nfp, mass), np.where(even, d_nfp, d_mass)
     counted = Counted(nfp, 1 + rank, values, total, REAL(number))
     return _Counts(counted, (d_nfp, d_rank, d_total), Near(mass, d_mass))
@@ -357,13 +359,15 @@ def _spread(
         margin = 1
         if flat.skew:
             raised = _margins(flat, i)
-            even = ~((h * raised).sum(1, keepdims=True) > 0)
+            even = ~((h * raised).sum(1, keepdims=True) >= TIED)
             margin = np.where(even, 1, raised)
         share = h * margin * laid.weight.exact[i, None]
         total += share.sum(0)
         magnitude += np.abs(share).sum(0)
         pair = by.gradient_pair + (4 * DOUBLE if flat.skew else 0)
         d_total += _laid(h * margin, slope * margin, laid, i, pair)
+        if flat.skew:  # a power that is no double is lost
+            d_total += (h * SMALLEST * np.abs(laid.weight.exact[i, None])).sum(0)
     relative = by.gradient_sums + (1024 * DOUBLE if flat.skew else 0)
     exact[flat.negatives] = upstream * total
     off[flat.negatives] = abs(upstream) * (d_total + relative * magnitude)

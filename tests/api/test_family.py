@@ -230,6 +230,19 @@ def test_every_loss_is_algorithm_1_with_a_skewed_distribution(loss, batch):
     check(loss, batch)
 
 
+@pytest.mark.parametrize("margin", [10.0**-n for n in (80, 130, 136, 150, 155, 160, 162, 170, 300)])
+@pytest.mark.parametrize("skew", [1.0, 2.0, 4.0])
+def test_margins_whose_powers_are_hardly_numbers(skew, margin):
+    """A share is that of the powers as long as these are 2^-900 together, and then that of ties."""
+    logits = torch.tensor([0.0, margin, 2 * margin, -1.0], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 0, 0, 0])
+    error_driven_loss(logits, targets, ap_errors, delta=0.0, skew=skew).backward()
+    tied = skew * math.log(margin) + math.log(1 + 2**skew) < -900 * math.log(2)
+    near, far = (1, 1) if tied else (1, 2**skew)
+    expected = [2 / 3 * part / (near + far) for part in (-near - far, near, far, 0)]
+    assert logits.grad.tolist() == pytest.approx(expected, rel=1e-9, abs=0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     batch=st.one_of(batches(), batches(skew=True)),
