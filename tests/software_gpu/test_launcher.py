@@ -33,7 +33,8 @@ def noted(self, *arguments, **named):
 
 def watched():
     # As if this were the JIT, which the launcher goes past as long as nobody stands in for it.
-    JITFunction.run = launcher._RUN = noted
+    noted.__module__ = RUN.__module__
+    JITFunction.run = noted
 
 def call(dtype=torch.float32, anchors=60):
     torch.manual_seed(0)
