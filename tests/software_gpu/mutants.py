@@ -131,6 +131,7 @@ def _storages(arguments: list[Any]) -> list[Tensor]:
 def calls(quick: bool) -> Iterator[Callable[[], None]]:
     """Losses that launch every kernel of the package, or few of them."""
     import alrp_triton as package
+    from alrp_triton.loss_terms import ap_errors
 
     def loss(name: str, dtype: torch.dtype, grouped: bool, **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -162,7 +163,8 @@ def calls(quick: bool) -> Iterator[Callable[[], None]]:
     yield lambda: loss("alrp_loss", torch.float32, True, algorithm="breakpoints")
     yield lambda: loss("alrp_loss", torch.float32, True, algorithm="pairwise")
     yield lambda: loss("rank_sort_loss", torch.float32, False, algorithm="pairwise")
-    yield lambda: loss("ap_loss", torch.float32, True, skew=2.0)
+    skewed = {"errors_fn": ap_errors, "skew": 2.0}
+    yield lambda: loss("error_driven_loss", torch.float32, True, **skewed)
     yield lambda: boxes("giou")
     yield lambda: boxes("ciou")
 
