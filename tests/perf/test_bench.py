@@ -446,7 +446,7 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "alrp_triton":  # opaque but for this
             with self:
-                return getattr(ops, f"_{func._opname}")(*args, **(kwargs or {}))
+                return ops.functions[func._opname](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.operators += 1
         if not func.is_view:

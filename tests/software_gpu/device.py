@@ -200,7 +200,7 @@ class Operators(TorchDispatchMode):
             from alrp_triton import ops
 
             with self:
-                return getattr(ops, f"_{func._opname}")(*args, **kwargs)
+                return ops.functions[func._opname](*args, **kwargs)
         asked = {x.type for x in flat if isinstance(x, torch.device)}
         if "cuda" not in asked and not any(map(_is_on_device, flat)):
             return func(*args, **kwargs)

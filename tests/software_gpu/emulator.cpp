@@ -635,6 +635,10 @@ void count_access(const Step &s, int k, int space, unsigned size) {
   count.wavefronts += most;
 }
 
+uint64_t extended(uint64_t value, unsigned size) {
+  return integer_of(value, size == 1 ? S8 : size == 2 ? S16 : S32);
+}
+
 // detail: bytes an element, sign extended (to 8 bytes: registers are cut where they are used),
 // whether other programs are known to write it (volatile, relaxed, acquire).
 template <Space SPACE> void load(Step &s) {
@@ -648,7 +652,7 @@ template <Space SPACE> void load(Step &s) {
     for (int k = 0; k < s.in.results; k++) {
       uint64_t value = 0;
       memcpy(&value, from + k * size, size);
-      if (s.in.detail[1]) value = integer_of(value, size == 1 ? S8 : size == 2 ? S16 : S32);
+      if (s.in.detail[1]) value = extended(value, size);
       if (s.keeps(k)) s.result(k)[l] = value;
     }
   }
@@ -668,7 +672,9 @@ template <Space SPACE> void store(Step &s) {
 void load_parameter(Step &s) {
   for (int k = 0; k < s.in.results; k++) {
     uint64_t value = 0;
-    memcpy(&value, s.launch.parameters + s.in.immediate + k * s.in.detail[0], s.in.detail[0]);
+    const unsigned size = s.in.detail[0];
+    memcpy(&value, s.launch.parameters + s.in.immediate + k * size, size);
+    if (s.in.detail[1]) value = extended(value, size);
     if (s.keeps(k))
       for (int l = 0; l < LANES; l++)
         if (s.runs(l)) s.result(k)[l] = value;

@@ -915,6 +915,29 @@ def test_what_is_not_modelled_raises(statement: str) -> None:
         program(statement, 0)
 
 
+@pytest.mark.parametrize(
+    ("type", "expected"), [("s32", -100), ("u32", 2**32 - 100), ("b32", 2**32 - 100)]
+)
+def test_a_parameter_is_extended_as_its_type_says(type: str, expected: int) -> None:
+    """It fills a register of 64 bits."""
+    kernel = Kernel(f"""
+        .version 8.0
+        .target sm_90
+        .address_size 64
+        .visible .entry test(.param .u64 buffer, .param .u32 number)
+        .reqntid 32
+        {{
+        .reg .b64 %d<3>;
+        ld.param.b64 %d1, [buffer];
+        ld.param.{type} %d2, [number];
+        st.global.b64 [%d1], %d2;
+        ret;
+        }}""")
+    out = torch.zeros(1, dtype=torch.int64)
+    kernel.launch((1,), [out, -100], memory_of([out]))
+    assert out.item() == expected
+
+
 # --- building -----------------------------------------------------------------------------------
 
 

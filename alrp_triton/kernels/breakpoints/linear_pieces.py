@@ -260,7 +260,15 @@ def _clear_kernel(
     at = out + channel * out_class + tl.arange(0, BLOCK) * out_place
     tl.store(at, nothing, mask=positive)
     number = tl.sum(ignored.to(tl.int32), 0)
-    if number > 0:
+    if classes >= BLOCK:  # one anchor occupies all lanes
+        lane = tl.arange(0, BLOCK)
+        for _ in range(number):
+            anchor = tl.min(tl.where(ignored, lane, BLOCK), 0)
+            ignored = ignored & (lane != anchor)
+            for first in range(0, classes, BLOCK):
+                at = out + (first + lane).to(tl.int64) * out_class + anchor * out_place
+                tl.store(at, nothing, mask=first + lane < classes)
+    elif number > 0:
         order = gather_ignored(ignored, BLOCK)
         for first in range(0, number * classes, BLOCK):
             anchor, channel, mask = ignored_logits(order, number, first, given, BLOCK)
