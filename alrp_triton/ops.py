@@ -7,13 +7,14 @@ their inputs, so nothing is ever asked of the device to know a shape. `sorting_c
 skewed error distribution; `box_errors` and `box_gradient` are the Triton path of
 `localisation_errors`.
 
-An operator of torch takes no NamedTuple: all but `locate` and those of boxes take the fields of a
-`Batch` one by one, and put them together here.
+All but `locate` and those of boxes take the fields of a `Batch` one by one, which are put together
+here and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from typing import Any, List, NoReturn  # noqa: UP035  # the schema of torch 2.6 knows no list[Tensor]
 
 import torch
@@ -38,15 +39,19 @@ def _refuse_to_map(*_: Any) -> NoReturn:
 def _operator(fake: Callable[..., Any], mapped: Callable[..., Any] | None = _refuse_to_map) -> Any:
     """Register a function as the operator of its name, with the schema that its annotations say.
 
+    An operator of torch takes no NamedTuple: a function of a `Batch` is the operator of its fields.
+
     Args:
         fake: returns what the operator does, of the right shapes and dtypes alone.
         mapped: the rule for torch.vmap; None for an operator that torch never maps.
 
-    Not by `torch.library.custom_op`, which costs more a call.
+    Not by torch's own `custom_op`, which costs more a call.
     """
 
     def register(function: Callable[..., Any]) -> Any:
         name = function.__name__
+        if "batch" in signature(function).parameters:
+            function = _of_fields(function)
         functions[name] = function
         _library.define(name + library.infer_schema(function, mutates_args=()))
         library.impl(_library, name, "CompositeExplicitAutograd")(function)
@@ -56,6 +61,25 @@ def _operator(fake: Callable[..., Any], mapped: Callable[..., Any] | None = _ref
         return getattr(torch.ops.alrp_triton, name)
 
     return register
+
+
+def _of_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that takes the fields of a `Batch` one by one, and says so."""
+    fields = signature(Batch).parameters.values()
+    taken = [Parameter(x.name, x.kind, annotation=_written(x.annotation)) for x in fields]
+
+    def of_fields(*given: Any) -> Any:
+        return function(Batch(*given[: len(taken)]), *given[len(taken) :])
+
+    told = signature(function)
+    others = [x for x in told.parameters.values() if x.name != "batch"]
+    of_fields.__signature__ = told.replace(parameters=[*taken, *others])  # type: ignore[attr-defined]
+    return of_fields
+
+
+def _written(annotation: Any) -> Any:
+    """Return an annotation of a NamedTuple as it was written."""
+    return getattr(annotation, "__forward_arg__", annotation)
 
 
 def _fake_locate(
@@ -117,66 +141,29 @@ def _like_logits(logits: Sequence[Tensor], *_: Any) -> list[Tensor]:
 
 
 @_operator(_thrice_like_positives)
-def count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    values: Tensor,
-    impl: str,
-    algorithm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def count(batch: Batch, values: Tensor, impl: str, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return NFP(i), rank+(i) and S(i): see `reference.pairwise.count`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    function = select(impl, algorithm, logits, scores).count
-    if choose_impl(impl, scores.device) == "triton":
+    function = select(impl, algorithm, batch.logits, batch.scores).count
+    if choose_impl(impl, batch.scores.device) == "triton":
         return function(batch, values)
     return _without_padding(function, batch, (values,), (0.0, 1.0, 0.0))
 
 
 @_operator(_thrice_like_positives)
 def sorting_count(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    quality: Tensor,
-    values: Tensor,
-    impl: str,
+    batch: Batch, quality: Tensor, values: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Count the positives above each, by their quality: see `reference.rank_sort.count`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    if choose_impl(impl, scores.device) == "triton":
-        return load_kernels("rank_sort", scores.device).count(batch, quality, values)
+    if choose_impl(impl, batch.scores.device) == "triton":
+        return load_kernels("rank_sort", batch.scores.device).count(batch, quality, values)
     return _without_padding(rank_sort.count, batch, (quality, values), (0.0, 0.0, 0.0))
 
 
 @_operator(_like_positives)
-def sorting_gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    quality: Tensor,
-    weights: Tensor,
-    impl: str,
-) -> Tensor:
+def sorting_gradient(batch: Batch, quality: Tensor, weights: Tensor, impl: str) -> Tensor:
     """Return what positives lay on worse ones: see `reference.rank_sort.gradient`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    if choose_impl(impl, scores.device) == "triton":
-        return load_kernels("rank_sort", scores.device).gradient(batch, quality, weights)
+    if choose_impl(impl, batch.scores.device) == "triton":
+        return load_kernels("rank_sort", batch.scores.device).gradient(batch, quality, weights)
     (passed,) = _without_padding(
         lambda *given: (rank_sort.gradient(*given),), batch, (quality, weights), (0.0,)
     )
@@ -184,22 +171,10 @@ def sorting_gradient(
 
 
 @_operator(_like_positives)
-def skewed_mass(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    powers: Tensor,
-    impl: str,
-) -> Tensor:
+def skewed_mass(batch: Batch, powers: Tensor, impl: str) -> Tensor:
     """Return what the shares of the negatives sum to: see `reference.skewed.mass`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    if choose_impl(impl, scores.device) == "triton":
-        return load_kernels("skewed", scores.device).mass(batch, powers)
+    if choose_impl(impl, batch.scores.device) == "triton":
+        return load_kernels("skewed", batch.scores.device).mass(batch, powers)
     (mass,) = _without_padding(lambda *given: (skewed.mass(*given),), batch, (powers,), (0.0,))
     return mass
 
@@ -250,46 +225,22 @@ def _refuse_several(*_: Any) -> NoReturn:
 
 @_operator(_like_logits, _one_by_one("gradient"))
 def gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    weights: Tensor,
-    positive_grad: Tensor,
-    impl: str,
-    algorithm: str,
+    batch: Batch, weights: Tensor, positive_grad: Tensor, impl: str, algorithm: str
 ) -> List[Tensor]:  # noqa: UP006
     """Return the gradient by every logit: see `reference.pairwise.gradient`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    function = select(impl, algorithm, logits, scores).gradient
-    if choose_impl(impl, scores.device) == "triton":
+    function = select(impl, algorithm, batch.logits, batch.scores).gradient
+    if choose_impl(impl, batch.scores.device) == "triton":
         return function(batch, weights, positive_grad)
     return _of_valid(function, batch, (weights, positive_grad))
 
 
 @_operator(_like_logits, _one_by_one("skewed_gradient"))
 def skewed_gradient(
-    logits: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    index: Tensor,
-    scores: Tensor,
-    delta: float,
-    ignore_index: int,
-    groups: Sequence[Tensor],
-    positive_groups: Tensor | None,
-    weights: Tensor,
-    positive_grad: Tensor,
-    powers: Tensor,
-    impl: str,
+    batch: Batch, weights: Tensor, positive_grad: Tensor, powers: Tensor, impl: str
 ) -> List[Tensor]:  # noqa: UP006
     """Return the gradient by every logit, skewed: see `reference.skewed.gradient`."""
-    batch = Batch(logits, targets, index, scores, delta, ignore_index, groups, positive_groups)
-    if choose_impl(impl, scores.device) == "triton":
-        kernels = load_kernels("skewed", scores.device)
+    if choose_impl(impl, batch.scores.device) == "triton":
+        kernels = load_kernels("skewed", batch.scores.device)
         return kernels.gradient(batch, weights, positive_grad, powers)
     return _of_valid(skewed.gradient, batch, (weights, positive_grad, powers))
 

@@ -43,7 +43,7 @@ def digest(*files: Path) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def library(
+def shared_object(
     name: str,
     sources: Sequence[Path],
     flags: Sequence[str] = (),

@@ -85,8 +85,8 @@ def _libraries() -> tuple[Path, Path]:
     driver, runtime, shared = (_HERE / name for name in ("driver.cpp", "runtime.cpp", "device.h"))
     flags.append(f"-DSHARED_HEADER={build.digest(shared)}")  # what is compiled depends on it
     return (
-        build.library(_DRIVER, [driver], flags, lambda: _unwritten("driver", folders)),
-        build.library(
+        build.shared_object(_DRIVER, [driver], flags, lambda: _unwritten("driver", folders)),
+        build.shared_object(
             f"libcudart.so.{version.split('.')[0]}",
             [runtime],
             [*flags, "-Wl,--default-symver"],  # torch asks for symbols of the version of the soname

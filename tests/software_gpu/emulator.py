@@ -71,7 +71,7 @@ def _library() -> ctypes.CDLL:
     # What is included, and what -march=native depends on, are parts of the library's name too.
     parts = hashlib.sha256(_processor() + build.digest(*_HEADERS).encode()).hexdigest()[:16]
     flags = [*_FLAGS, f"-DPARTS={parts}"]
-    library = ctypes.CDLL(str(build.library("emulator.so", [_HERE / "emulator.cpp"], flags)))
+    library = ctypes.CDLL(str(build.shared_object("emulator.so", [_HERE / "emulator.cpp"], flags)))
     library.emulator_handlers.restype = ctypes.c_char_p
     library.emulator_create.restype = ctypes.c_void_p
     library.emulator_destroy.argtypes = [ctypes.c_void_p]

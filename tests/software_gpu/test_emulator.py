@@ -946,10 +946,10 @@ def test_many_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
     with ThreadPoolExecutor(4) as pool:
-        (built,) = set(pool.map(lambda _: build.library("answer.so", [source]), range(4)))
+        (built,) = set(pool.map(lambda _: build.shared_object("answer.so", [source]), range(4)))
     assert list((tmp_path / "cache").iterdir()) == [built.parent]
     source.write_text('extern "C" int answer() { return 43; }')
-    assert build.library("answer.so", [source]) != built
+    assert build.shared_object("answer.so", [source]) != built
 
 
 def test_the_parts_agree_on_their_structures() -> None:

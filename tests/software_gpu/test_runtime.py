@@ -172,7 +172,7 @@ def test_what_does_not_compile_is_told_why(monkeypatch, tmp_path):
     source = tmp_path / "wrong.cpp"
     source.write_text("int f( {")
     with pytest.raises(build.Unavailable, match=r"could not compile libwrong\.so"):
-        build.library("libwrong.so", [source])
+        build.shared_object("libwrong.so", [source])
     assert not any(tmp_path.glob("libwrong.so-*"))
 
 
@@ -183,7 +183,7 @@ def test_processes_build_at_the_same_time(tmp_path):
     script = f"""
         import ctypes, pathlib
         from perf.software_gpu import build
-        path = build.library("libfour.so", [pathlib.Path({str(source)!r})])
+        path = build.shared_object("libfour.so", [pathlib.Path({str(source)!r})])
         print(path, ctypes.CDLL(str(path)).four())
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
