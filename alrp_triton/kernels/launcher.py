@@ -1,4 +1,4 @@
-"""Launching a kernel past Triton's JIT, which takes most of a small call's time on the host.
+"""Launching a kernel past Triton's JIT, which takes several times as long as the launch itself.
 
 The JIT binds every argument by name, asks what each is specialised on, and looks the compiled
 kernel up by all of that. Kernels of this package specialise on nothing (`language.jit`), so dtypes,
@@ -9,9 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+try:
+    from triton import knobs
+except ImportError:  # before 3.4: nobody could tell who hooks launches
+    knobs = None
 
 
 class Kernel:
@@ -40,8 +44,12 @@ class Kernel:
             device = driver.active.get_current_device()
             key = (device, num_warps, *(_kind(values[i], fixed) for i, fixed in self._told_apart))
             if (found := self._compiled.get(key)) is None:
-                compiled = self.function[grid](num_warps=num_warps, **arguments)
-                self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
+                self._compiled[key] = _parts_of(
+                    self.function[grid](num_warps=num_warps, **arguments)
+                )
+                return
+            if not found:
+                self.function[grid](num_warps=num_warps, **arguments)
                 return
             run, function, metadata = found
             columns = grid[1] if len(grid) > 1 else 1
@@ -49,6 +57,14 @@ class Kernel:
             run(grid[0], columns, 1, stream, function, metadata, None, None, None, *values)
 
         return launch
+
+
+def _parts_of(compiled: Any) -> tuple[Any, ...]:
+    """Return what launches a compiled kernel; nothing of a Triton that has other names for it."""
+    try:
+        return compiled.run, compiled.function, compiled.packed_metadata
+    except AttributeError:
+        return ()
 
 
 def _kind(value: Any, fixed: bool) -> Any:
@@ -64,5 +80,7 @@ def _is_replaced() -> bool:
 
 
 def _are_hooked() -> bool:
-    """Return whether somebody, a profiler say, wants to see every launch."""
+    """Return whether somebody, a profiler say, wants to see every launch, or may want it."""
+    if knobs is None:
+        return True
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)

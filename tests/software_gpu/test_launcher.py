@@ -151,3 +151,24 @@ def test_integers_beyond_32_bits_are_another_variant():
     """)
     assert counted[0] >= 3
     assert counted[1:] == [0, 1, 0, 0]
+
+
+def test_a_triton_that_names_its_parts_otherwise_is_launched_through_the_jit():
+    first, second, third = told("""
+        watched()
+        counted = []
+        with mock.patch.object(launcher, "_parts_of", lambda compiled: ()):
+            for _ in range(3):
+                before = len(through_the_jit)
+                call()
+                counted.append(len(through_the_jit) - before)
+        print(json.dumps(counted))
+    """)
+    assert first == second == third > 10
+
+
+def test_without_the_parts_nothing_is_kept():
+    parts = told("""
+        print(json.dumps([launcher._parts_of(object()), launcher._kind(1 << 31, False)]))
+    """)
+    assert parts == [[], 1]

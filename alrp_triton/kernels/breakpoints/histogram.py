@@ -397,14 +397,23 @@ def _fold_kernel(
     tl.store(distances + place, tl.where(inside, total + number * rounded, 0.0), mask=mask)
 
 
+# The arguments of `lay_out_anchors` where nothing is taken out.
+_NO_ANCHORS: dict[str, Any] = {"anchor_targets": None} | dict.fromkeys(
+    (
+        "places", "row_blocks", "row_blocks_magic", "classes", "classes_magic", "ignore_index",
+        "targets_row", "targets_place", "logits_row", "logits_class", "logits_place",
+        "segments_row", "segments_place",
+    ),
+    0,
+)  # fmt: skip
+
+
 def _of_anchors(
     logits: Tensor, targets: Tensor, segments: Tensor | None, ignore_index: int, block: int
 ) -> tuple[int, dict[str, Any]]:
     """Return how many blocks of anchors are taken out, and the arguments by which they are."""
     if targets.dim() == logits.dim():
-        nobody = targets.new_empty((0, 1), device="meta")
-        _, arguments = lay_out_anchors(nobody, 1, 0, block, logits=None, segments=None)
-        return 0, {**arguments, "anchor_targets": None, "logits_class": 0}
+        return 0, _NO_ANCHORS
     beside = {"logits": logits, "segments": segments}
     blocks, arguments = lay_out_anchors(targets, logits.shape[1], ignore_index, block, **beside)
     return blocks, {**arguments, "logits_class": logits.stride(1)}
