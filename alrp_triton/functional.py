@@ -11,16 +11,13 @@ in either mode.
 
 from __future__ import annotations
 
-import math
-import numbers
 import textwrap
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from . import backend
 from .error_driven import (
     Ranking,
     attach,
@@ -32,15 +29,13 @@ from .error_driven import (
     sum_from_below,
 )
 from .inputs import (
-    REAL,
     LogitsOrLevels,
-    check_dense,
-    check_number,
+    check_errors,
     check_per_positive,
+    check_skew,
     prepare_ranking,
 )
 from .loss_terms import Counts, Errors, alrp_errors, ap_errors, ndcg_errors, sorting_errors
-from .reference.skewed import MAX_POWER
 
 # What every loss takes, for its docstring.
 _SHARED = """\
@@ -374,7 +369,7 @@ def error_driven_loss(
         impl=impl,
         algorithm=algorithm,
         per_positive=("values", values),
-        skew=_check_skew(skew, algorithm),
+        skew=check_skew(skew, algorithm),
     )
     counts = rank_positives(ranking, values)
     with torch.no_grad():
@@ -388,56 +383,8 @@ def error_driven_loss(
             counts.num_positives,
         )
         returned = errors_fn(given)
-        errors = _check_errors(returned, counts.nfp)
+        errors = check_errors(returned, counts.nfp)
     return attach(mean_error(errors, ranking), counts, errors, ranking)
-
-
-def _check_errors(returned: Any, nfp: Tensor) -> Errors:
-    """Return l and l* of an errors function as (P,) float64; a scalar is that of each positive."""
-    if not isinstance(returned, (tuple, list)) or len(returned) != 3:
-        number = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
-        raise TypeError(
-            f"errors_fn: expected it to return (l, l*, Z), got {type(returned).__name__}{number}"
-        )
-    error, target, normaliser = returned
-    error = _check_returned("l", error, nfp, per_positive=True)
-    target = _check_returned("l*", target, nfp, per_positive=True)
-    normaliser = _check_returned("Z", normaliser, nfp, per_positive=False)
-    if not isinstance(normaliser, Tensor) and normaliser == 0 and nfp.numel():
-        raise ValueError("errors_fn: expected Z other than 0, got 0")
-    zeros = torch.zeros_like(nfp)
-    return Errors(zeros + error, zeros + target, normaliser)
-
-
-def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> Tensor | float:
-    if isinstance(given, numbers.Real):
-        number = check_number("errors_fn", given + 0)  # of a bool, 0 or 1
-        if not -math.inf < number < math.inf:
-            raise ValueError(f"errors_fn: expected {name} finite, got {number}")
-        return number
-    check_dense("errors_fn", given, f"{name} as a tensor or a number")
-    if given.dtype not in REAL:
-        raise TypeError(f"errors_fn: expected {name} real, of 8 bits or more, got {given.dtype}")
-    if given.device != nfp.device and (given.dim() or given.device.type != "cpu"):
-        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
-    expected = f"{tuple(nfp.shape)}, one entry for each positive, or ()" if per_positive else "()"
-    if given.dim() and not (per_positive and given.shape == nfp.shape):
-        raise ValueError(
-            f"errors_fn: expected {name} of shape {expected}, got {tuple(given.shape)}"
-        )
-    return given
-
-
-def _check_skew(skew: float, algorithm: str) -> float:
-    skew = check_number("skew", skew)
-    if not 0 <= skew <= MAX_POWER:
-        raise ValueError(f"skew: expected a number from 0 to {MAX_POWER:g}, got {skew}")
-    if skew and backend.of_program("algorithm", algorithm) == "breakpoints":
-        raise ValueError(
-            "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
-            "'pairwise' or 'auto'"
-        )
-    return skew
 
 
 def _localisation(loc_errors: Tensor, counts: Counts, ranking: Ranking) -> Tensor:

@@ -1,7 +1,8 @@
 """What every loss is called with: checked, laid out as (B, C, M), and the positives found.
 
-The checks are made here and nowhere else. An error names the argument, what was expected and what
-came; what only a device knows is an asynchronous assertion there (`ops.locate`).
+So is what a user's errors function returns. The checks are made here and nowhere else. An error
+names the argument, what was expected and what came; what only a device knows is an asynchronous
+assertion there (`ops.locate`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backend, ops
 from .error_driven import Ranking
+from .loss_terms import Errors
 from .reference.layout import LARGEST_DELTA, SMALLEST_DELTA, Batch, gather, is_positive
+from .reference.skewed import MAX_POWER
 
 LogitsOrLevels = Tensor | Sequence[Tensor]
 
@@ -294,3 +297,52 @@ def check_per_positive(name: str, given: Tensor) -> None:
             f"{name}: expected shape (P,), one entry for each positive, got shape "
             f"{tuple(given.shape)}"
         )
+
+
+def check_errors(returned: Any, nfp: Tensor) -> Errors:
+    """Return l and l* of an errors function as (P,) float64; a scalar is that of each positive."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 3:
+        number = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
+        raise TypeError(
+            f"errors_fn: expected it to return (l, l*, Z), got {type(returned).__name__}{number}"
+        )
+    error, target, normaliser = returned
+    error = _check_returned("l", error, nfp, per_positive=True)
+    target = _check_returned("l*", target, nfp, per_positive=True)
+    normaliser = _check_returned("Z", normaliser, nfp, per_positive=False)
+    if not isinstance(normaliser, Tensor) and normaliser == 0 and nfp.numel():
+        raise ValueError("errors_fn: expected Z other than 0, got 0")
+    zeros = torch.zeros_like(nfp)
+    return Errors(zeros + error, zeros + target, normaliser)
+
+
+def _check_returned(name: str, given: Any, nfp: Tensor, per_positive: bool) -> Tensor | float:
+    if isinstance(given, numbers.Real):
+        number = check_number("errors_fn", given + 0)  # of a bool, 0 or 1
+        if not -math.inf < number < math.inf:
+            raise ValueError(f"errors_fn: expected {name} finite, got {number}")
+        return number
+    check_dense("errors_fn", given, f"{name} as a tensor or a number")
+    if given.dtype not in REAL:
+        raise TypeError(f"errors_fn: expected {name} real, of 8 bits or more, got {given.dtype}")
+    if given.device != nfp.device and (given.dim() or given.device.type != "cpu"):
+        raise ValueError(f"errors_fn: expected {name} on {nfp.device}, got {given.device}")
+    expected = f"{tuple(nfp.shape)}, one entry for each positive, or ()" if per_positive else "()"
+    if given.dim() and not (per_positive and given.shape == nfp.shape):
+        raise ValueError(
+            f"errors_fn: expected {name} of shape {expected}, got {tuple(given.shape)}"
+        )
+    return given
+
+
+def check_skew(skew: float, algorithm: str) -> float:
+    """Return the power of the margin; TypeError or ValueError if nothing can be skewed by it."""
+    skew = check_number("skew", skew)
+    if not 0 <= skew <= MAX_POWER:
+        raise ValueError(f"skew: expected a number from 0 to {MAX_POWER:g}, got {skew}")
+    if skew and backend.of_program("algorithm", algorithm) == "breakpoints":
+        raise ValueError(
+            "algorithm='breakpoints': a skewed distribution evaluates every pair, expected "
+            "'pairwise' or 'auto'"
+        )
+    return skew
